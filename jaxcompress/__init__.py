@@ -1,0 +1,1 @@
+"""Make trained JAX models smaller and faster."""
