@@ -1,0 +1,113 @@
+"""What every loss does with its arguments first: dtypes, shapes, the teacher's constancy, the padding mask."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Number = float | jax.Array
+"""A temperature or a weight: a Python number (checked), or a traced scalar or array (a schedule's)."""
+
+
+def as_float(x: ArrayLike, name: str) -> jax.Array:
+    """`x` in float32, or in its own dtype where that is wider; a TypeError where it is not floating."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating array, got {x.dtype}; cast it, e.g. {name}.astype('float32')")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def constant(x: ArrayLike, name: str) -> jax.Array:
+    """A teacher's array: `as_float`, and no gradient flows into it."""
+    return jax.lax.stop_gradient(as_float(x, name))
+
+
+def check_same_shape(student: jax.Array, teacher: jax.Array, what: str) -> None:
+    """A ValueError where the two differ in shape: broadcasting here is nearly always a mistake."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"{what} of student and teacher must have one shape, got {student.shape} and {teacher.shape}")
+
+
+def check_rank(x: jax.Array, rank: int, name: str, layout: str) -> None:
+    """A ValueError where `x` has not `rank` axes; `layout` says what they mean."""
+    if x.ndim != rank:
+        raise ValueError(f"{name} must be {layout}, got shape {x.shape}")
+
+
+def check_positive(value: Number, name: str) -> None:
+    """A ValueError where a concrete number is not above zero; a traced one (a schedule) passes."""
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_between(value: Number, low: float, high: float, name: str) -> None:
+    """A ValueError where a concrete number lies outside [low, high]; a traced one passes."""
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
+
+
+def logits(x: ArrayLike, name: str, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
+    """Logits with the class axis last and zeros on the examples that `where` leaves out."""
+    x = as_float(x, name)
+    if x.ndim == 0:
+        raise ValueError(f"{name} must have a class axis, got a scalar")
+    return blank(jnp.moveaxis(x, axis, -1), where)
+
+
+def logit_pair(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, axis: int = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Both sides' logits with the class axis last; the teacher's constant."""
+    student = logits(student_logits, "student_logits", axis, where)
+    teacher = logits(teacher_logits, "teacher_logits", axis, where)
+    check_same_shape(student, teacher, "logits")
+    return student, jax.lax.stop_gradient(teacher)
+
+
+def class_labels(labels: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None = None) -> jax.Array:
+    """Integer labels of `shape`; those that `where` leaves out become 0, so that -100 may mark padding."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integer class indices, got {labels.dtype}; use argmax of one-hot labels")
+    if labels.shape != shape:
+        raise ValueError(f"labels must have shape {shape}, one for each row of logits, got {labels.shape}")
+    return labels if where is None else jnp.where(where, labels, 0)
+
+
+def blank(x: jax.Array, where: ArrayLike | None) -> jax.Array:
+    """`x` with zeros on the examples (all axes but the last) left out, so that nothing there reaches a gradient."""
+    if where is None:
+        return x
+    return jnp.where(_mask(where, x.shape[:-1])[..., None], x, 0)
+
+
+def keep(losses: jax.Array, where: ArrayLike | None) -> jax.Array:
+    """`losses` with zeros on the examples left out."""
+    return losses if where is None else jnp.where(_mask(where, losses.shape), losses, 0)
+
+
+def _mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    where = jnp.asarray(where, bool)
+    try:
+        return jnp.broadcast_to(where, shape)
+    except ValueError:
+        raise ValueError(
+            f"where must have (or broadcast to) the losses' shape {shape}, got {where.shape}; "
+            "it marks whole examples or tokens, True for those that count"
+        ) from None
+
+
+def masked_mean(losses: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
+    """The mean of `losses` over the entries that count; 0, not NaN, where none does.
+
+    Args:
+      losses: any shape, as the losses on examples return them.
+      where: a mask that broadcasts to `losses`, True for the entries that count; all of them by default.
+
+    Returns:
+      A scalar.
+    """
+    losses = jnp.asarray(losses)
+    if where is None:
+        return jnp.mean(losses)
+    where = _mask(where, losses.shape)
+    return jnp.sum(jnp.where(where, losses, 0)) / jnp.maximum(jnp.sum(where), 1)

@@ -1,0 +1,175 @@
+"""Soft targets with a temperature: the loss of Hinton et al. (2015), and its totals with hard labels."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxcompress.distill._inputs import (
+    Number,
+    as_float,
+    check_between,
+    check_positive,
+    class_labels,
+    keep,
+    logit_pair,
+    logits,
+)
+
+
+def temperature_softmax(logits: ArrayLike, temperature: Number = 1.0, axis: int = -1) -> jax.Array:
+    """Soft targets: the class probabilities at a temperature.
+
+    `q_i = exp(z_i / T) / sum_j exp(z_j / T)`, equation 1 of Hinton, Vinyals and Dean, "Distilling the knowledge in a
+    neural network", 2015. At `T = 1` the model's own probabilities; a higher temperature shows how the model ranks
+    the wrong classes.
+
+    Args:
+      logits: floating, with classes along `axis`; float16 and bfloat16 are computed in float32.
+      temperature: above 0.
+      axis: the class axis.
+
+    Returns:
+      Probabilities in the shape of `logits`, float32 or wider.
+    """
+    return jnp.exp(temperature_log_softmax(logits, temperature, axis))
+
+
+def temperature_log_softmax(logits: ArrayLike, temperature: Number = 1.0, axis: int = -1) -> jax.Array:
+    """The logarithms of `temperature_softmax`, computed without leaving the log domain."""
+    check_positive(temperature, "temperature")
+    return jax.nn.log_softmax(as_float(logits, "logits") / temperature, axis=axis)
+
+
+def soft_target_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: Number = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """How far the student's soft predictions are from the teacher's soft targets.
+
+    `T^2 KL(p_teacher || p_student)`, both at temperature `T`: section 2 of Hinton, Vinyals and Dean, "Distilling the
+    knowledge in a neural network", 2015. The factor `T^2` keeps the size of the gradient when `T` changes. The
+    gradient is that of `soft_cross_entropy_loss`; this form is zero where the two agree.
+
+    Args:
+      student_logits: `[..., classes]`, any finite values.
+      teacher_logits: the same shape; constant (no gradient).
+      temperature: above 0, the same for both.
+      axis: the class axis.
+      where: which examples count, in the shape of the result. The others give 0 and no gradient, whatever they hold.
+
+    Returns:
+      One value an example, `[...]`: average them, with `masked_mean(losses, where)` under padding.
+    """
+    log_student, log_teacher = _log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
+    return keep(temperature**2 * kl_divergence(log_teacher, log_student), where)
+
+
+def soft_cross_entropy_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: Number = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """`soft_target_loss` as a cross-entropy: `-T^2 sum_i p_teacher,i log p_student,i`.
+
+    The same gradient; larger than the divergence by `T^2` times the entropy of the soft targets. Arguments and result
+    as in `soft_target_loss`.
+    """
+    log_student, log_teacher = _log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
+    return keep(-(temperature**2) * jnp.sum(jnp.exp(log_teacher) * log_student, axis=-1), where)
+
+
+def hard_label_loss(
+    student_logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
+) -> jax.Array:
+    """Cross-entropy with integer labels at temperature 1, the other half of a distillation's total.
+
+    Args:
+      student_logits: `[..., classes]`.
+      labels: `[...]`, class indices; where `where` is False anything, such as -100.
+      axis: the class axis.
+      where: which examples count, as in `soft_target_loss`.
+
+    Returns:
+      One value an example, `[...]`.
+    """
+    student = logits(student_logits, "student_logits", axis, where)
+    labels = class_labels(labels, student.shape[:-1], where)
+    return keep(-jnp.take_along_axis(jax.nn.log_softmax(student), labels[..., None], axis=-1)[..., 0], where)
+
+
+def distillation_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: Number = 0.9,
+    temperature: Number = 4.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """The total with hard labels: `alpha * soft_target_loss + (1 - alpha) * hard_label_loss`.
+
+    Section 2 of Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015: hard labels at
+    temperature 1, with the considerably lower weight.
+
+    Args:
+      student_logits: `[..., classes]`.
+      teacher_logits: the same shape; constant.
+      labels: `[...]`, integer class indices.
+      alpha: the weight of the soft targets, in [0, 1]; a number, or an array that broadcasts to the result.
+      temperature: above 0.
+      axis: the class axis.
+      where: which examples count, as in `soft_target_loss`.
+
+    Returns:
+      One value an example, `[...]`.
+    """
+    check_between(alpha, 0.0, 1.0, "alpha")
+    soft = soft_target_loss(student_logits, teacher_logits, temperature, axis=axis, where=where)
+    hard = hard_label_loss(student_logits, labels, axis=axis, where=where)
+    return alpha * soft + (1 - alpha) * hard
+
+
+def weighted_distillation_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: Number = 0.1,
+    beta: Number = 0.9,
+    temperature: Number = 4.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """The total with two free weights: `alpha * H(labels, p_student) + beta * T^2 H(p_teacher, p_student)`.
+
+    `H` is the cross-entropy; hard labels at temperature 1, soft targets at `T`. Note that here `alpha` weighs the
+    *hard* labels, as in the formula's usual telling, and that `beta` need not be `1 - alpha`. Its gradient with
+    `alpha = 1 - a, beta = a` is that of `distillation_loss(alpha=a)`. Shapes as there.
+    """
+    soft = soft_cross_entropy_loss(student_logits, teacher_logits, temperature, axis=axis, where=where)
+    hard = hard_label_loss(student_logits, labels, axis=axis, where=where)
+    return alpha * hard + beta * soft
+
+
+def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """`KL(p || q)` over the last axis, from log-probabilities; a class of `p = 0` adds 0 even where `log q = -inf`."""
+    p = jnp.exp(log_p)
+    possible = p > 0
+    difference = jnp.where(possible, log_p, 0) - jnp.where(possible, log_q, 0)
+    return jnp.sum(p * difference, axis=-1)
+
+
+def _log_softmax_pair(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number, axis: int, where: ArrayLike | None
+) -> tuple[jax.Array, jax.Array]:
+    check_positive(temperature, "temperature")
+    student, teacher = logit_pair(student_logits, teacher_logits, axis, where)
+    return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
