@@ -1,5 +1,9 @@
 """Every test sees eight simulated CPU devices, so that sharding is tested wherever the tests run."""
 
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, installed to compile for a TPU, must not look for one
+
 import jax
 import numpy as np
 import pytest

@@ -1,5 +1,23 @@
-"""Compressed weights as values that stand where arrays stood."""
+"""Compressed weights as values that stand where arrays stood.
 
-from jaxcompress.arrays._leaf import Leaf, dense, is_leaf, nbytes
+A compressed model is the parameter tree it was, with some arrays replaced by leaves: `Quantized` (integers and a scale)
+or `Sparse` (a bit mask and the kept values). `compressed(model)` runs on such a tree, `dense(tree)` turns it back into
+arrays, and `nbytes(tree)` counts what it stores.
+"""
 
-__all__ = ["Leaf", "dense", "is_leaf", "nbytes"]
+from jaxcompress.arrays import _control, _quantized_rules
+from jaxcompress.arrays._compressed import compressed
+from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
+from jaxcompress.arrays._quantized import Quantized
+
+__all__ = [
+    "Leaf",
+    "MadeDenseError",
+    "Quantized",
+    "compressed",
+    "dense",
+    "is_leaf",
+    "nbytes",
+    "register",
+    "watch",
+]

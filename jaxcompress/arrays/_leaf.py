@@ -1,11 +1,29 @@
-"""The base of every compressed leaf, and the functions that see a tree of them from outside."""
+"""The base of every compressed leaf: how it is taken apart, what happens where no rule knows it, and who is told."""
 
+import contextlib
+import contextvars
 import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
+from jax import export
+from jax.extend.core import Primitive
+
+Hit = tuple[str, str, str]
+"""What met what: (leaf class, primitive, `"rule"` or `"dense"`)."""
+
+_watching: contextvars.ContextVar[Counter[Hit] | None] = contextvars.ContextVar("watching", default=None)
+
+
+class MadeDenseError(TypeError):
+    """Under `strict`, a compressed weight met a primitive that has no rule for it and would have been made dense."""
 
 
 class Leaf(quax.ArrayValue):
@@ -18,26 +36,83 @@ class Leaf(quax.ArrayValue):
     * `shape` follows from the children's shapes; static fields count axes from the end;
     * every child carries the leading (stacked) axes in full.
 
-    To add a leaf: subclass, give `aval` and `materialise`, register the dispatch rules that beat the dense value
-    (`arrays/_rules.py`), and it can be saved, packed, counted and reported.
+    To add a leaf: subclass, give `aval` and `materialise`, `register` the dispatch rules that beat the dense value, and
+    it can be jitted, sharded, checkpointed, packed, exported, counted and reported. `arrays/_quantized.py` shows how.
     """
+
+    strict: bool = eqx.field(static=True, default=False, kw_only=True)
 
     registry: ClassVar[dict[str, type["Leaf"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        redefined = cls.__name__ in Leaf.registry  # a notebook's cell run again
         Leaf.registry[cls.__name__] = cls
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"jaxcompress.{cls.__name__}" + (f"@{id(cls)}" if redefined else ""),
+            serialize_auxdata=functools.partial(_serialize_static, cls),
+            deserialize_auxdata=lambda data: json.loads(bytes(data)),
+            from_children=functools.partial(_from_children, cls),
+        )
+
+    @staticmethod
+    def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+        """Where no rule applies: the dense value, or an error if the leaf is strict."""
+        return _meet_dense(primitive, values, params)
 
     def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The leaf taken apart: (children by name, absent ones left out; static fields by name)."""
-        children, static = {}, {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.metadata.get("static", False):
-                static[field.name] = value
-            elif value is not None:
-                children[field.name] = value
-        return children, static
+        children = {name: getattr(self, name) for name in _names(type(self), static=False)}
+        static = {name: getattr(self, name) for name in _names(type(self), static=True)}
+        return {name: child for name, child in children.items() if child is not None}, static
+
+
+def register(primitive: Primitive) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a dispatch rule, by its positional type annotations, and lets `watch` count its hits.
+
+    A decorator like `quax.register`: the rule gets the primitive's operands by position, compressed or not, and its
+    parameters by keyword. A rule that can't serve a case after all returns `NotImplemented`, and the dense value does.
+    """
+
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(rule)
+        def counted(*args: Any, **params: Any) -> Any:
+            out = rule(*args, **params)
+            if out is NotImplemented:
+                return _meet_dense(primitive, args, params)
+            _record(primitive, args, "rule")
+            return out
+
+        return quax.register(primitive)(counted)
+
+    return decorate
+
+
+def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+    for x in values:
+        if is_leaf(x) and x.strict:
+            raise MadeDenseError(
+                f"a {type(x).__name__} weight of shape {x.shape} would be made dense by `{primitive}`, which has no rule "
+                f"for it here; register one (`jaxcompress.arrays.register`), or call `compressed` without strict=True"
+            )
+    _record(primitive, values, "dense")
+    return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Counter[Hit]]:
+    """Counts what compressed leaves meet while functions are traced inside this context.
+
+    The counter's keys are `(leaf class, primitive, "rule" or "dense")`: `("Quantized", "dot_general", "rule")`. What is
+    already traced (a jitted function called before) does not count again.
+    """
+    hits: Counter[Hit] = Counter()
+    token = _watching.set(hits)
+    try:
+        yield hits
+    finally:
+        _watching.reset(token)
 
 
 def is_leaf(x: Any) -> bool:
@@ -67,3 +142,36 @@ def _array_nbytes(x: Any) -> int:
     if x.dtype in (jnp.int4, jnp.uint4):  # JAX stores two values a byte
         return (x.size + 1) // 2
     return x.size * x.dtype.itemsize
+
+
+def _record(primitive: Primitive, values: Sequence[Any], how: str) -> None:
+    hits = _watching.get()
+    if hits is not None:
+        hits.update((type(x).__name__, primitive.name, how) for x in values if is_leaf(x))
+
+
+def _names(cls: type[Leaf], static: bool) -> list[str]:
+    """The names of a leaf's children, or of its static fields, in the order in which the pytree has them."""
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.metadata.get("static", False) == static and field.name != "strict"
+    ]
+
+
+def _serialize_static(cls: type[Leaf], auxdata: Any) -> bytes:
+    # equinox's auxdata is (wrapper fields, *static fields)
+    names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static", False)]
+    return json.dumps(dict(zip(names, auxdata[1:], strict=True))).encode()
+
+
+def _from_children(cls: type[Leaf], static: dict[str, Any], children: Sequence[Any]) -> Leaf:
+    """A leaf put together without its `__init__`: JAX asks only for its structure."""
+    leaf = object.__new__(cls)
+    for name, value in [*zip(_names(cls, static=False), children, strict=True), *static.items()]:
+        object.__setattr__(leaf, name, _as_tuple(value))
+    return leaf
+
+
+def _as_tuple(x: Any) -> Any:
+    return tuple(_as_tuple(item) for item in x) if isinstance(x, list) else x

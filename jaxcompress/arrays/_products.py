@@ -1,0 +1,135 @@
+"""Index arithmetic of `dot_general` and `conv_general_dilated`, shared by the rules of every leaf."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+
+class Dims(NamedTuple):
+    """The dimension numbers of a product of an input `x` and a weight `w`, with the input on the left."""
+
+    x_contract: tuple[int, ...]
+    w_contract: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    w_batch: tuple[int, ...]
+
+    @classmethod
+    def of(cls, dimension_numbers: Any, weight_first: bool = False) -> "Dims":
+        """Read from `dot_general`'s parameter; `weight_first` where the weight is its left operand."""
+        (left_contract, right_contract), (left_batch, right_batch) = dimension_numbers
+        dims = left_contract, right_contract, left_batch, right_batch
+        if weight_first:
+            dims = right_contract, left_contract, right_batch, left_batch
+        return cls(*(tuple(axes) for axes in dims))
+
+    @property
+    def numbers(self) -> Any:
+        """As `dot_general` takes them, input on the left."""
+        return (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
+
+    def x_free(self, ndim: int) -> tuple[int, ...]:
+        """The input's axes that stay."""
+        return free_axes(ndim, self.x_contract, self.x_batch)
+
+    def w_free(self, ndim: int) -> tuple[int, ...]:
+        """The weight's axes that stay."""
+        return free_axes(ndim, self.w_contract, self.w_batch)
+
+
+def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:
+    """The axes that are in none of `taken`."""
+    return tuple(axis for axis in range(ndim) if not any(axis in axes for axes in taken))
+
+
+def along_output(factor: Array, contract: Sequence[int], batch: Sequence[int], before: int, after: int) -> Array:
+    """A factor on one operand of `dot_general`, laid along the output's axes.
+
+    Args:
+      factor: of the operand's rank, with size 1 along its contracted axes.
+      contract: the operand's contracted axes.
+      batch: the operand's batch axes.
+      before: how many free axes of the other operand stand before this one's in the output.
+      after: how many stand behind.
+    """
+    free = free_axes(factor.ndim, contract, batch)
+    sizes = [factor.shape[axis] for axis in batch], [factor.shape[axis] for axis in free]
+    moved = jnp.transpose(factor, (*batch, *free, *contract))
+    return moved.reshape(*sizes[0], *[1] * before, *sizes[1], *[1] * after)
+
+
+def along_contracted(factor: Array, dims: Dims, x_ndim: int) -> Array:
+    """A factor on a weight that is 1 along its free axes, laid along the input's axes."""
+    moved = jnp.transpose(factor, (*dims.w_batch, *dims.w_contract, *dims.w_free(factor.ndim)))
+    order = (*dims.x_batch, *dims.x_contract)
+    laid = moved.reshape([moved.shape[i] for i in range(len(order))] + [1] * (x_ndim - len(order)))
+    return jnp.transpose(laid, [(*order, *free_axes(x_ndim, order)).index(axis) for axis in range(x_ndim)])
+
+
+def swap_free(product: Array, n_batch: int, n_x_free: int) -> Array:
+    """A product with the input's free axes first, turned to have the weight's first."""
+    middle = n_batch + n_x_free
+    return jnp.transpose(product, (*range(n_batch), *range(middle, product.ndim), *range(n_batch, middle)))
+
+
+def compute_dtype(x: Array) -> Any:
+    """What to accumulate in: at least float32, so that the scale multiplies an unrounded sum."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def quantize_input(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, Array]:
+    """Symmetric codes of an activation with a step of its own at each index of the `keep` axes.
+
+    Returns:
+      (int8 codes like `x`; float32 steps with size 1 along the other axes).
+    """
+    limit = 2 ** (bits - 1) - 1
+    over = free_axes(x.ndim, keep)
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
+    step = jnp.where(largest > 0, largest, 1.0) / limit
+    return jnp.clip(jnp.round(x.astype(jnp.float32) / step), -limit, limit).astype(jnp.int8), step
+
+
+def block_map(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
+    """The coarsest common blocks of two shapes: axes of `old` that turn into axes of `new`, in order.
+
+    `(6, 4) -> (2, 3, 4)` is `[([0], [0, 1]), ([1], [2])]`. `None` where a shape has a zero.
+    """
+    if math.prod(old) == 0:
+        return None
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [i][: len(old) - i], [j][: len(new) - j]
+        while math.prod(old[a] for a in left) != math.prod(new[a] for a in right):
+            short_left = math.prod(old[a] for a in left) < math.prod(new[a] for a in right)
+            (left if short_left else right).append((i + len(left)) if short_left else (j + len(right)))
+        blocks.append((left, right))
+        i, j = i + len(left), j + len(right)
+    return blocks
+
+
+def constrain_like(child: Array, shape: Sequence[int], params: dict[str, Any]) -> Array:
+    """`sharding_constraint` of a leaf of this shape, on a child of its rank: axes that don't divide stay whole."""
+    sharding = params["sharding"]
+    if not isinstance(sharding, NamedSharding):
+        return child
+    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    sizes = [math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec]
+    kept = [entry if size % n == 0 else None for entry, size, n in zip(spec, child.shape, sizes, strict=True)]
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
+    return primitives.sharding_constraint_p.bind(child, **params | {"sharding": sharding})
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None or entry is PartitionSpec.UNCONSTRAINED else (entry if isinstance(entry, tuple) else (entry,))
+
+
+def is_float(x: Any) -> bool:
+    """Whether `x` is a real floating-point array, of which products with integers can be taken apart."""
+    return jax.dtypes.issubdtype(jnp.asarray(x).dtype, jnp.floating)

@@ -1,0 +1,100 @@
+"""Affine quantized weights: integers, a scale, and perhaps a zero point."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jaxtyping import Array, Float, Int8, UInt8
+
+from jaxcompress.arrays._bits import pack_nibbles, unpack_nibbles
+from jaxcompress.arrays._leaf import Leaf
+
+
+class Quantized(Leaf):
+    """`scale * (values - zero_point)`: integers of 8 bits, or of 4 packed two a byte, that stand for a float array.
+
+    The scale (and the zero point) has the rank of the weight. Along each axis its size is 1 (shared), the axis's own (a
+    scale an index: "per channel"), or, along the grouped axis, one a group of `group_size` neighbours.
+
+    `jaxcompress.quantize` makes these; `Quantized.from_codes` builds one from integers and scales you have.
+    """
+
+    values: Int8[Array, "*shape"] | UInt8[Array, "*packed"]
+    """int8 codes, or (`bits == 4`) two codes a byte along the last axis, the first in the low half."""
+    scale: Float[Array, "*blocks"]
+    """float32, the step of the integers' grid."""
+    zero_point: Int8[Array, "*blocks"] | None
+    """The code that means zero; `None` for symmetric quantization, where it is 0."""
+    bits: int = eqx.field(static=True)
+    """8 or 4: how the codes are stored. Fewer levels than `2 ** bits` may be in use."""
+    length: int | None = eqx.field(static=True)
+    """The true length of the packed (last) axis; `None` where nothing is packed."""
+    compute_dtype: str = eqx.field(static=True)
+    """The dtype of the array that this stands for."""
+    group: tuple[int, int] | None = eqx.field(static=True, default=None)
+    """(axis, counted from the end; group size) where scales are per group."""
+    activation_bits: int | None = eqx.field(static=True, default=None)
+    """Bits to which an input that meets this weight is quantized, so that both multiply as integers; `None`: float."""
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Array,
+        scale: Array,
+        zero_point: Array | None = None,
+        *,
+        bits: int = 8,
+        dtype: Any = jnp.float32,
+        group: tuple[int, int] | None = None,
+        activation_bits: int | None = None,
+    ) -> "Quantized":
+        """A leaf from its integer codes, `[*shape]`, and its scales, broadcastable to them but for a grouped axis.
+
+        Raises:
+          ValueError: other bits than 8 or 4; scales whose shape is neither shared, per index nor per group.
+        """
+        if bits not in (4, 8):
+            raise ValueError(f"Quantized stores 8 or 4 bits, got bits={bits}; fewer levels fit into 4")
+        for axis in range(-codes.ndim, 0):
+            size, steps = codes.shape[axis], scale.shape[axis] if scale.ndim == codes.ndim else -1
+            per_group = group is not None and group[0] == axis and steps == -(-size // group[1])
+            if steps not in (1, size) and not per_group:
+                raise ValueError(f"scale of shape {scale.shape} does not fit codes of shape {codes.shape}, group={group}")
+        codes = codes.astype(jnp.int8)
+        return cls(
+            values=pack_nibbles(codes) if bits == 4 else codes,
+            scale=scale.astype(jnp.float32),
+            zero_point=None if zero_point is None else zero_point.astype(jnp.int8),
+            bits=bits,
+            length=codes.shape[-1] if bits == 4 else None,
+            compute_dtype=jnp.dtype(dtype).name,
+            group=group,
+            activation_bits=activation_bits,
+        )
+
+    def aval(self) -> ShapedArray:
+        shape = self.values.shape if self.length is None else (*self.values.shape[:-1], self.length)
+        return ShapedArray(shape, jnp.dtype(self.compute_dtype))
+
+    def materialise(self) -> Array:
+        return (self.centred(jnp.float32) * self.spread(self.scale)).astype(self.compute_dtype)
+
+    def codes(self) -> Int8[Array, "*shape"]:
+        """The integers as they were quantized, unpacked."""
+        return self.values if self.length is None else unpack_nibbles(self.values, self.length)
+
+    def centred(self, dtype: Any) -> Array:
+        """The codes less their zero point: integers of at most 255 in magnitude, exact in bfloat16 too."""
+        if self.zero_point is None:
+            return self.codes().astype(dtype)
+        return (self.codes().astype(jnp.int16) - self.spread(self.zero_point).astype(jnp.int16)).astype(dtype)
+
+    def spread(self, per_block: Array) -> Array:
+        """A scale-shaped array with each group's entry repeated over its members."""
+        if self.group is None or per_block.shape[self.group[0]] == 1:
+            return per_block
+        axis, size = self.group
+        spread = jnp.repeat(per_block, size, axis=axis)
+        return jax.lax.slice_in_dim(spread, 0, self.shape[axis], axis=axis)

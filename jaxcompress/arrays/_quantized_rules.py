@@ -1,0 +1,255 @@
+"""What `Quantized` weights do without becoming dense: multiply, convolve, look up, and change shape.
+
+A product with a weight `scale * codes` is taken apart where the scale allows it:
+
+* the scale is constant along the contracted axes (per tensor, per output channel): multiply with the integers, then
+  scale the output;
+* it varies along the contracted axes only (a tied embedding read backwards): scale the input, then multiply;
+* it varies along both (groups): one product a group, scaled, and summed.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
+from jaxtyping import Array, ArrayLike
+
+from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._products import (
+    Dims,
+    along_contracted,
+    along_output,
+    block_map,
+    compute_dtype,
+    constrain_like,
+    is_float,
+    quantize_input,
+    swap_free,
+)
+from jaxcompress.arrays._quantized import Quantized
+
+
+@register(lax.dot_general_p)
+def _dot_input_weight(x: ArrayLike, w: Quantized, **params: Any) -> Array:
+    return _dot(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
+
+
+@register(lax.dot_general_p)
+def _dot_weight_input(w: Quantized, x: ArrayLike, **params: Any) -> Array:
+    x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
+    product = NotImplemented if params.get("out_sharding") is not None else _dot(x, w, dims, params)
+    return product if product is NotImplemented else swap_free(product, len(dims.x_batch), len(dims.x_free(x.ndim)))
+
+
+def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
+    """The product with the input on the left, where the scale can be taken out of it."""
+    if not is_float(x):
+        return NotImplemented
+    out_dtype = params["preferred_element_type"] or x.dtype
+    varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
+    w_free = dims.w_free(w.ndim)
+    if not varies:
+        scale = along_output(w.scale, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
+        product = _dot_codes(x, w, w.centred, dims, params) * scale
+    elif all(w.scale.shape[axis] == 1 for axis in w_free):
+        x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.scale), dims, x.ndim)
+        product = lax.dot_general(x, w.centred(x.dtype), dims.numbers, precision=params["precision"])
+    elif varies == [w.group[0] + w.ndim] if w.group else False:
+        if params.get("out_sharding") is not None:
+            return NotImplemented
+        product = _dot_groups(x, w, dims, params)
+    else:
+        return NotImplemented
+    return product.astype(out_dtype)
+
+
+def _dot_codes(x: Array, w: Quantized, codes: Any, dims: Dims, params: dict[str, Any]) -> Array:
+    """The unscaled product of `x` with the integers `codes(dtype)`; in integers where the weight asks for it."""
+    kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
+    if w.activation_bits is None or w.zero_point is not None:
+        x = _rounded_input(x, w, dims)
+        return lax.dot_general(x, codes(x.dtype), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
+    x_codes, step = quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim)))
+    sums = lax.dot_general(x_codes, codes(jnp.int8), dims.numbers, preferred_element_type=jnp.int32, **kwargs)
+    n_w_free = codes(jnp.int8).ndim - len(dims.w_contract) - len(dims.w_batch)
+    return sums.astype(jnp.float32) * along_output(step, dims.x_contract, dims.x_batch, before=0, after=n_w_free)
+
+
+def _rounded_input(x: Array, w: Quantized, dims: Dims) -> Array:
+    """The input on the grid that the weight asks for, as floats."""
+    if w.activation_bits is None:
+        return x
+    codes, step = quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim)))
+    return (codes * step).astype(x.dtype)
+
+
+def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """Groups along a contracted axis become a batch axis; their scaled products are summed."""
+    assert w.group is not None
+    w_axis, size = w.group[0] + w.ndim, w.group[1]
+    x_axis = dims.x_contract[dims.w_contract.index(w_axis)]
+    groups = w.scale.shape[w_axis]
+    grouped = Dims(
+        x_contract=tuple(_after_split(axis, x_axis, 1) for axis in dims.x_contract),
+        w_contract=tuple(_after_split(axis, w_axis, 1) for axis in dims.w_contract),
+        x_batch=(*(_after_split(axis, x_axis, 0) for axis in dims.x_batch), x_axis),
+        w_batch=(*(_after_split(axis, w_axis, 0) for axis in dims.w_batch), w_axis),
+    )
+    scale = jnp.expand_dims(w.scale, w_axis + 1)
+    laid = along_output(scale, grouped.w_contract, grouped.w_batch, before=len(dims.x_free(x.ndim)), after=0)
+    product = _dot_codes(
+        _split(x, x_axis, groups, size), w, lambda dtype: _split(w.centred(dtype), w_axis, groups, size), grouped, params
+    )
+    return jnp.sum(product * laid, axis=len(dims.w_batch))
+
+
+def _split(x: Array, axis: int, groups: int, size: int) -> Array:
+    """Turns `axis` into (groups, size), padding with zeros."""
+    padding = [(0, groups * size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :])
+
+
+def _after_split(axis: int, split: int, inner: int) -> int:
+    return axis + 1 if axis > split else axis + (inner if axis == split else 0)
+
+
+@register(lax.conv_general_dilated_p)
+def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
+    x, numbers = jnp.asarray(x), params["dimension_numbers"]
+    out_axis = numbers.rhs_spec[0]
+    shared = all(size == 1 for axis, size in enumerate(w.scale.shape) if axis != out_axis)
+    if not (is_float(x) and shared and w.group is None and params["batch_group_count"] == 1):
+        return NotImplemented
+    out_dtype = params["preferred_element_type"] or x.dtype
+    scale = _along(w.scale.reshape(-1), x.ndim, numbers.out_spec[1])
+    if w.activation_bits is None or w.zero_point is not None:
+        if w.activation_bits is not None:
+            codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
+            x = (codes * step).astype(x.dtype)
+        params |= {"preferred_element_type": compute_dtype(x)}
+        return (lax.conv_general_dilated_p.bind(x, w.centred(x.dtype), **params) * scale).astype(out_dtype)
+    codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
+    sums = lax.conv_general_dilated_p.bind(codes, w.codes(), **params | {"preferred_element_type": jnp.dtype("int32")})
+    step = _along(step.reshape(-1), x.ndim, numbers.out_spec[0])
+    return (sums.astype(jnp.float32) * step * scale).astype(out_dtype)
+
+
+def _along(vector: Array, ndim: int, axis: int) -> Array:
+    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+@register(lax.gather_p)
+def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
+    """A lookup (`Embed`) takes the integers and the scales of the rows it wants, and leaves the table alone.
+
+    An index out of range reads the code 0 where the dense table would give NaN.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
+    rest = [axis for axis in range(w.ndim) if axis not in looked_up]
+    shared = all(w.scale.shape[axis] == 1 for axis in looked_up)
+    own = all(w.scale.shape[axis] == w.shape[axis] for axis in looked_up)
+    whole = all(sizes[axis] == w.shape[axis] for axis in rest)
+    if not (whole and (shared or own)):
+        return NotImplemented
+
+    def look_up(per_block: Array) -> Array:
+        spread = w.spread(per_block)
+        block_sizes = tuple(sizes[axis] if axis in looked_up else spread.shape[axis] for axis in range(w.ndim))
+        if own:
+            return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes})
+        kept = [axis for axis in range(w.ndim) if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+        out_ndim = len(numbers.offset_dims) + jnp.ndim(indices) - 1
+        laid = [1] * out_ndim
+        for out_axis, axis in zip(numbers.offset_dims, kept, strict=True):
+            laid[out_axis] = spread.shape[axis]
+        return spread.reshape(laid)
+
+    codes = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0}).astype(jnp.int16)
+    if w.zero_point is not None:
+        codes -= look_up(w.zero_point).astype(jnp.int16)
+    return (codes * look_up(w.scale)).astype(w.dtype)
+
+
+@register(lax.transpose_p)
+def _transpose(w: Quantized, *, permutation: tuple[int, ...]) -> Quantized:
+    group = w.group and (permutation.index(w.group[0] + w.ndim) - w.ndim, w.group[1])
+    return _rearranged(w, lambda x: jnp.transpose(x, permutation), group)
+
+
+@register(lax.rev_p)
+def _rev(w: Quantized, *, dimensions: tuple[int, ...]) -> Quantized:
+    if w.group is not None:
+        return NotImplemented
+    return _rearranged(w, lambda x: lax.rev(x, dimensions), None)
+
+
+@register(lax.reshape_p)
+def _reshape(w: Quantized, **params: Any) -> Any:
+    return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
+
+
+@register(lax.squeeze_p)
+def _squeeze(w: Quantized, *, dimensions: tuple[int, ...]) -> Any:
+    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+
+
+def _reshaped(w: Quantized, shape: tuple[int, ...]) -> Any:
+    """The leaf in another shape, where its scales can follow."""
+    blocks = block_map(w.shape, shape)
+    if blocks is None:
+        return NotImplemented
+    scale_shape, group = [1] * len(shape), None
+    for old, new in blocks:
+        wide = [axis for axis in old if w.shape[axis] > 1]
+        steps = math.prod(w.scale.shape[axis] for axis in old)
+        if steps == 1:
+            continue
+        if steps == math.prod(w.shape[axis] for axis in old):
+            for axis in new:
+                scale_shape[axis] = shape[axis]
+        elif len(wide) == 1 and (target := [axis for axis in new if shape[axis] == w.shape[wide[0]]]):
+            scale_shape[target[0]] = steps
+        else:
+            return NotImplemented
+        if w.group and w.group[0] + w.ndim in old and steps != math.prod(w.shape[axis] for axis in old):
+            group = (next(axis for axis in new if scale_shape[axis] == steps) - len(shape), w.group[1])
+    return _with_children(w, w.codes().reshape(shape), lambda x: x.reshape(scale_shape), group)
+
+
+def _rearranged(w: Quantized, move: Any, group: tuple[int, int] | None) -> Quantized:
+    return _with_children(w, move(w.codes()), move, group)
+
+
+def _with_children(w: Quantized, codes: Array, move: Any, group: tuple[int, int] | None) -> Quantized:
+    """A temporary leaf on unpacked codes."""
+    return Quantized(
+        values=codes,
+        scale=move(w.scale),
+        zero_point=None if w.zero_point is None else move(w.zero_point),
+        bits=8,
+        length=None,
+        compute_dtype=w.compute_dtype,
+        group=group,
+        activation_bits=w.activation_bits,
+        strict=w.strict,
+    )
+
+
+@register(lax.convert_element_type_p)
+def _convert(w: Quantized, **params: Any) -> Any:
+    if not jax.dtypes.issubdtype(params["new_dtype"], jnp.floating):
+        return NotImplemented
+    return dataclasses.replace(w, compute_dtype=jnp.dtype(params["new_dtype"]).name)
+
+
+@register(primitives.sharding_constraint_p)
+def _sharding_constraint(w: Quantized, **params: Any) -> Quantized:
+    values = constrain_like(w.values, w.shape, params)
+    scale = constrain_like(w.scale, w.shape, params)
+    zero_point = None if w.zero_point is None else constrain_like(w.zero_point, w.shape, params)
+    return dataclasses.replace(w, values=values, scale=scale, zero_point=zero_point)
