@@ -1,0 +1,163 @@
+"""What `Sparse` weights do without becoming dense: multiply and convolve tile by tile, look up rows, change shape.
+
+A tile is a few columns (places along the stored last axis). A product that keeps the columns makes a piece of its output
+from each; one that contracts them adds the pieces up.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
+from jaxtyping import Array, ArrayLike
+
+from jaxcompress.arrays._bits import pack_bits, unpack_bits
+from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, swap_free
+from jaxcompress.arrays._sparse import Sparse, scan_tiles
+
+TILE = 1 << 18
+"""How many elements a tile decodes at once; a weight that is no larger is one tile."""
+
+
+def _columns(w: Sparse) -> int:
+    rows = math.prod(w.mask.shape[:-1])
+    return max(8, min(TILE // max(rows, 1), 8 * w.mask.shape[-1]) // 8 * 8)
+
+
+@register(lax.dot_general_p)
+def _dot_input_weight(x: ArrayLike, w: Sparse, **params: Any) -> Any:
+    return _dot(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
+
+
+@register(lax.dot_general_p)
+def _dot_weight_input(w: Sparse, x: ArrayLike, **params: Any) -> Any:
+    x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
+    product = _dot(x, w, dims, params)
+    return product if product is NotImplemented else swap_free(product, len(dims.x_batch), len(dims.x_free(x.ndim)))
+
+
+def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
+    """The product with the input on the left."""
+    last = w.order().index(w.ndim - 1)
+    if not is_float(x) or params.get("out_sharding") is not None or last in dims.w_batch:
+        return NotImplemented
+    stored = dims._replace(
+        w_contract=tuple(w.order()[axis] for axis in dims.w_contract), w_batch=tuple(w.order()[axis] for axis in dims.w_batch)
+    )
+    out_dtype = params["preferred_element_type"] or x.dtype
+    columns, wide = _columns(w), jnp.promote_types(out_dtype, jnp.float32)
+
+    def multiply(x: Array, tile: Array, dtype: Any) -> Array:
+        return lax.dot_general(x, tile.astype(x.dtype), stored.numbers, precision=params["precision"], preferred_element_type=dtype)
+
+    if last in dims.w_contract:
+        x_axis = dims.x_contract[dims.w_contract.index(last)]
+        n_tiles = -(-w.length // columns)
+        padded = jnp.pad(x, [(0, n_tiles * columns - w.length if axis == x_axis else 0) for axis in range(x.ndim)])
+        xs = jnp.moveaxis(padded.reshape(*x.shape[:x_axis], n_tiles, columns, *x.shape[x_axis + 1 :]), x_axis, 0)
+        start = jax.eval_shape(lambda x: lax.dot_general(x, jnp.zeros(_stored_shape(w), x.dtype), stored.numbers), x)
+        total, _ = scan_tiles(
+            w, columns, lambda total, tile: (total + multiply(tile[1], tile[0], wide), None), jnp.zeros(start.shape, wide), xs
+        )
+        product = total.astype(out_dtype)
+    else:
+        _, pieces = scan_tiles(w, columns, lambda carry, tile: (carry, multiply(x, tile[0], out_dtype)), ())
+        product = _join(pieces, pieces.ndim - 2, w.length)  # the stored last axis is the last free one
+    return _in_view_order(product, w, dims, stored, x.ndim)
+
+
+def _join(pieces: Array, axis: int, length: int) -> Array:
+    """Pieces stacked along axis 0, laid side by side along `axis` of each, and cut to `length`."""
+    laid = jnp.moveaxis(pieces, 0, axis)
+    joined = laid.reshape(*laid.shape[:axis], -1, *laid.shape[axis + 2 :])
+    return lax.slice_in_dim(joined, 0, length, axis=axis)
+
+
+def _stored_shape(w: Sparse) -> tuple[int, ...]:
+    return (*w.mask.shape[:-1], w.length)
+
+
+def _in_view_order(product: Array, w: Sparse, dims: Dims, stored: Dims, x_ndim: int) -> Array:
+    """The weight's free axes from stored order to the order of its (transposed) view."""
+    have = stored.w_free(w.ndim)
+    want = [w.order()[axis] for axis in dims.w_free(w.ndim)]
+    first = len(dims.x_batch) + len(dims.x_free(x_ndim))
+    return jnp.transpose(product, (*range(first), *(first + have.index(axis) for axis in want)))
+
+
+@register(lax.conv_general_dilated_p)
+def _conv(x: ArrayLike, w: Sparse, **params: Any) -> Any:
+    x, numbers = jnp.asarray(x), params["dimension_numbers"]
+    plain = params["feature_group_count"] == 1 and params["batch_group_count"] == 1
+    columns = _columns(w)
+    if not is_float(x) or w.permutation is not None or w.values.ndim > 1:
+        return NotImplemented
+    if not (plain and numbers.rhs_spec[0] == w.ndim - 1):  # groups couple the output channels: only as one tile
+        if columns < w.length:
+            return NotImplemented
+        return lax.conv_general_dilated_p.bind(x, w.materialise().astype(x.dtype), **params)
+
+    def body(carry: tuple[()], tile: Any) -> Any:
+        return carry, lax.conv_general_dilated_p.bind(x, tile[0].astype(x.dtype), **params)
+
+    _, pieces = scan_tiles(w, columns, body, ())
+    return _join(pieces, numbers.out_spec[1], w.length)
+
+
+@register(lax.gather_p)
+def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
+    """A lookup of whole rows decodes those rows only. An index out of range reads zeros."""
+    numbers, sizes, last = params["dimension_numbers"], params["slice_sizes"], w.ndim - 1
+    looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
+    whole_rows = last not in looked_up and sizes[last] == w.length
+    if w.permutation is not None or not whole_rows:
+        return NotImplemented
+    bits = lax.gather_p.bind(w.mask, indices, **params | {"slice_sizes": (*sizes[:-1], w.mask.shape[-1]), "fill_value": 0})
+    starts = lax.gather_p.bind(w.row_starts()[..., None], indices, **params | {"slice_sizes": (*sizes[:-1], 1), "fill_value": 0})
+    axis = numbers.offset_dims[-1]
+    rows, _ = w.decode(unpack_bits(jnp.moveaxis(bits, axis, -1), w.length), jnp.moveaxis(starts, axis, -1)[..., 0])
+    return jnp.moveaxis(rows, -1, axis)
+
+
+@register(lax.transpose_p)
+def _transpose(w: Sparse, *, permutation: tuple[int, ...]) -> Sparse:
+    order = tuple(w.order()[axis] - w.ndim for axis in permutation)
+    return dataclasses.replace(w, permutation=None if order == tuple(range(-w.ndim, 0)) else order)
+
+
+@register(lax.reshape_p)
+def _reshape(w: Sparse, **params: Any) -> Any:
+    return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
+
+
+@register(lax.squeeze_p)
+def _squeeze(w: Sparse, *, dimensions: tuple[int, ...]) -> Any:
+    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+
+
+def _reshaped(w: Sparse, shape: tuple[int, ...]) -> Any:
+    """Row-major order stays, so the values do; only the bits are packed anew where the last axis changes."""
+    blocks = block_map(w.shape, shape)
+    if w.permutation is not None or w.values.ndim > 1 or not shape or blocks is None:
+        return NotImplemented
+    if shape[-1] == w.length:
+        return dataclasses.replace(w, mask=w.mask.reshape(*shape[:-1], w.mask.shape[-1]))
+    return dataclasses.replace(w, mask=pack_bits(unpack_bits(w.mask, w.length).reshape(shape)), length=shape[-1])
+
+
+@register(lax.convert_element_type_p)
+def _convert(w: Sparse, **params: Any) -> Any:
+    if not jax.dtypes.issubdtype(params["new_dtype"], jnp.floating):
+        return NotImplemented
+    return dataclasses.replace(w, values=w.values.astype(params["new_dtype"]))
+
+
+@register(primitives.sharding_constraint_p)
+def _sharding_constraint(w: Sparse, **params: Any) -> Any:
+    if w.permutation is not None:
+        return NotImplemented
+    return dataclasses.replace(w, mask=constrain_like(w.mask, w.shape, params))
