@@ -8,6 +8,7 @@ arrays, and `nbytes(tree)` counts what it stores.
 from jaxcompress.arrays import _control, _quantized_rules, _sparse_rules
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
+from jaxcompress.arrays._products import quantize_input
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
 
@@ -20,6 +21,7 @@ __all__ = [
     "dense",
     "is_leaf",
     "nbytes",
+    "quantize_input",
     "register",
     "watch",
 ]

@@ -1,0 +1,157 @@
+"""Affine quantization of weights: which integer grid a weight is rounded to, and the rounding."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.arrays import Quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """A grid of integers for a weight: `scale * (integer - zero_point)`, the scale from the weight's largest magnitude.
+
+    Attributes:
+      bits: levels of the weight, 2 to 8 bits. Up to 4 bits are stored packed, two a byte.
+      axes: the axes along which each index has a scale of its own; all others share. The default is per output channel
+        for kernels whose last axis is the output's (Linen and NNX `Dense`, `Conv`); `()` is per tensor, `(0, -1)` per
+        channel of weights stacked by `nn.scan`.
+      group: (axis, size): along this axis, `size` neighbours share a scale. The last group may be shorter.
+      symmetric: zero is the middle of the grid, and there is no zero point. Otherwise the grid spans [min, max], with
+        zero on it.
+      activation_bits: also quantize an input that meets the weight in a product or convolution, symmetrically, with a
+        scale of its own for each row (each example of a convolution), found as it comes; `None` leaves inputs alone.
+    """
+
+    bits: int = 8
+    axes: tuple[int, ...] = (-1,)
+    group: tuple[int, int] | None = None
+    symmetric: bool = True
+    activation_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, bits in (("bits", self.bits), ("activation_bits", self.activation_bits)):
+            if bits is not None and (not isinstance(bits, int) or not 2 <= bits <= 8):
+                raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}")
+        if self.group is not None and (len(self.group) != 2 or self.group[1] < 1):
+            raise ValueError(f"group must be (axis, size) with a size of at least 1, got {self.group!r}")
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest integer. A symmetric grid leaves out the smallest, to be the same both ways."""
+        top = 2 ** (self.bits - 1) - 1
+        return (-top, top) if self.symmetric else (-top - 1, top)
+
+
+def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantized:  # noqa: B008 (frozen)
+    """The weight on `spec`'s grid, as a compressed leaf: round to nearest, ties to even.
+
+    The dense value is within half a step of the weight; a block of zeros (or of subnormals) becomes exact zeros.
+
+    Raises:
+      TypeError: the weight isn't a real floating-point array.
+      ValueError: non-finite weights (unless traced), or axes that the weight doesn't have.
+    """
+    weight = _checked(weight)
+    scale, zero_point = _grid(weight, spec)
+    group = None if spec.group is None else (_axis(spec.group[0], weight.ndim) - weight.ndim, spec.group[1])
+    return Quantized.from_codes(
+        _codes(weight, scale, zero_point, spec),
+        scale,
+        zero_point,
+        bits=4 if spec.bits <= 4 else 8,
+        dtype=weight.dtype,
+        group=group,
+        activation_bits=spec.activation_bits,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fake_quantize(weight: Float[Array, "*shape"], spec: Affine) -> Float[Array, "*shape"]:
+    """The weight rounded to `spec`'s grid, as floats; its gradient passes straight through (Bengio et al. 2013).
+
+    Equal to `dense(quantize(weight, spec))`, bit for bit. The scale follows the weight's range, so no weight is clipped
+    and the straight-through gradient is the identity.
+    """
+    scale, zero_point = _grid(weight, spec)
+    codes = _codes(weight, scale, zero_point, spec)
+    if zero_point is not None:
+        codes -= _spread(zero_point, weight.shape, spec)
+    return (codes * _spread(scale, weight.shape, spec)).astype(weight.dtype)
+
+
+def _fake_fwd(weight: Array, spec: Affine) -> tuple[Array, None]:
+    return fake_quantize(weight, spec), None
+
+
+def _fake_bwd(spec: Affine, _: None, cotangent: Array) -> tuple[Array]:
+    return (cotangent,)
+
+
+fake_quantize.defvjp(_fake_fwd, _fake_bwd)
+
+
+def _checked(weight: Any) -> Array:
+    weight = jnp.asarray(weight)
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise TypeError(f"quantize takes a real floating-point weight, got {weight.dtype}{list(weight.shape)}")
+    if not isinstance(weight, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(weight))):
+        raise ValueError(f"weight of shape {weight.shape} has non-finite values; no scale fits them")
+    return weight
+
+
+def _grid(weight: Array, spec: Affine) -> tuple[Array, Array | None]:
+    """float32 scale and zero point (integers, as float32), one a block."""
+    low, high = spec.limits
+    weight = weight.astype(jnp.float32)
+    if spec.symmetric:
+        return _step(_over_blocks(jnp.max, jnp.abs(weight), spec) / high), None
+    smallest = jnp.minimum(_over_blocks(jnp.min, weight, spec), 0.0)
+    largest = jnp.maximum(_over_blocks(jnp.max, weight, spec), 0.0)
+    scale = _step(largest / (high - low) - smallest / (high - low))  # apart, or a huge range overflows
+    return scale, jnp.clip(jnp.round(low - smallest / scale), low, high)
+
+
+def _step(scale: Array) -> Array:
+    # a step must be a normal number: subnormal ones flush to zero on most backends, and would divide by it
+    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
+
+
+def _codes(weight: Array, scale: Array, zero_point: Array | None, spec: Affine) -> Array:
+    codes = jnp.round(weight.astype(jnp.float32) / _spread(scale, weight.shape, spec))
+    if zero_point is not None:
+        codes += _spread(zero_point, weight.shape, spec)
+    return jnp.clip(codes, *spec.limits)
+
+
+def _over_blocks(reduce: Any, weight: Array, spec: Affine) -> Array:
+    """`reduce` over each block, with one entry a block left along every axis."""
+    kept = {_axis(axis, weight.ndim) for axis in spec.axes}
+    over = [axis for axis in range(weight.ndim) if axis not in kept]
+    if spec.group is None:
+        return reduce(weight, axis=tuple(over), keepdims=True)
+    axis, size = _axis(spec.group[0], weight.ndim), spec.group[1]
+    shortage = -weight.shape[axis] % size
+    padding = [(0, shortage if i == axis else 0) for i in range(weight.ndim)]
+    padded = jnp.pad(weight, padding, mode="edge")  # a repeated weight changes neither minimum nor maximum
+    split = padded.reshape(*weight.shape[:axis], -1, size, *weight.shape[axis + 1 :])
+    inner = [axis + 1] + [i + (i > axis) for i in over if i != axis]
+    return jnp.squeeze(reduce(split, axis=tuple(inner), keepdims=True), axis + 1)
+
+
+def _spread(per_block: Array, shape: Sequence[int], spec: Affine) -> Array:
+    if spec.group is None:
+        return per_block
+    axis = _axis(spec.group[0], len(shape))
+    return jax.lax.slice_in_dim(jnp.repeat(per_block, spec.group[1], axis=axis), 0, shape[axis], axis=axis)
+
+
+def _axis(axis: int, ndim: int) -> int:
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis {axis} of the quantization spec does not exist in a weight of {ndim} axes")
+    return axis % ndim
