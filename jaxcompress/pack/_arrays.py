@@ -42,7 +42,7 @@ _LINE = re.compile(
     r"(?P<dtype>\w+)\[(?P<shape>(\d+(,\d+)*)?)\] "
     r"((?P<layout>planes|nonzero) )?(?P<streams>(raw|ans[1248]):\d+(\+(raw|ans[1248]):\d+)*) (?P<crc>[0-9a-f]{8})"
 )
-_Stream = tuple[np.ndarray, np.ndarray | None]  # bytes, and their histogram where it is known
+_Stream = tuple[np.ndarray, _streams.Plan]
 _MOSTLY = 1 / 16  # the share of zeros from which on leaving them out is tried
 
 
@@ -51,7 +51,7 @@ def encode(array: np.ndarray) -> tuple[str, bytes]:
     name, packed = array.dtype.name, _to_bytes(array)
     width = packed.size // array.size if array.size and name not in _PACKED_BITS else 1
     layout, streams = _cheapest(packed, width)
-    coded = [_streams.encode(data, counts) for data, counts in streams]
+    coded = [_streams.encode(data, plan) for data, plan in streams]
     section = b"".join(data for _, data in coded)
     shape = ",".join(str(n) for n in array.shape)
     codings = "+".join(f"{coding}:{len(data)}" for coding, data in coded)
@@ -104,30 +104,30 @@ def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 def _cheapest(packed: np.ndarray, width: int) -> tuple[str, list[_Stream]]:
     """The layout that is expected to be smallest: its word in the line, and its streams."""
-    if width == 1 or packed.size == 0:
-        return "", [(packed, None)]
-    elements = packed.reshape(-1, width)
-    planes = [np.ascontiguousarray(plane) for plane in elements.T]
+    if width == 1:
+        return "", [(packed, _streams.plan(_streams.histogram(packed)))]
+    planes = [np.ascontiguousarray(plane) for plane in packed.reshape(-1, width).T]
     counts = [_streams.histogram(plane) for plane in planes]
-    layout, size = "", 0.99 * (packed.size + len(f"raw:{packed.size}"))  # as it is, unless 1 % is saved
-    streams: list[_Stream] = [(packed, None)]
-    if (planes_size := _size("planes ", counts)) < size:
-        layout, streams, size = "planes ", list(zip(planes, counts, strict=True)), planes_size
-    kept = elements.any(axis=1)
+    candidates = [
+        ("", [(packed, _streams.plan(sum(counts, np.zeros(256, np.int64))))]),
+        ("planes ", [(plane, _streams.plan(count)) for plane, count in zip(planes, counts, strict=True)]),
+    ]
+    kept = np.bitwise_or.reduce(planes).astype(bool)
     zeros = kept.size - int(kept.sum())
     if zeros > _MOSTLY * kept.size:
         mask = np.packbits(kept, bitorder="little")
-        kept_counts = [count - zeros * (np.arange(256) == 0) for count in counts]
-        if _size("nonzero ", [_streams.histogram(mask), *kept_counts]) < size:
-            kept_planes = [plane[kept] for plane in planes]
-            layout, streams = "nonzero ", [(mask, None), *zip(kept_planes, kept_counts, strict=True)]
-    return layout, streams
+        kept_plans = [_streams.plan(count - zeros * (np.arange(256) == 0)) for count in counts]
+        kept_planes = [plane[kept] for plane in planes]
+        streams = [(mask, _streams.plan(_streams.histogram(mask))), *zip(kept_planes, kept_plans, strict=True)]
+        candidates.append(("nonzero ", streams))
+    raw_size = packed.size + len(f"raw:{packed.size}")
+    layout, streams = min(candidates, key=lambda candidate: _size(*candidate))
+    return (layout, streams) if _size(layout, streams) < 0.99 * raw_size else candidates[0]
 
 
-def _size(layout: str, counts: list[np.ndarray]) -> float:
-    """The bytes that streams of these histograms are expected to take, in their section and in the line."""
-    plans = [_streams.plan(count) for count in counts]
-    return len(layout) + sum(plan.size + len(f"{plan.coding}:{plan.size:.0f}+") for plan in plans)
+def _size(layout: str, streams: list[_Stream]) -> float:
+    """The bytes that these streams are expected to take, in their section and in the line."""
+    return len(layout) + sum(plan.size + len(f"{plan.coding}:{plan.size:.0f}+") for _, plan in streams)
 
 
 def _streams_of(pieces: list[tuple[str, memoryview]], layout: str | None, count: int, width: int) -> np.ndarray:

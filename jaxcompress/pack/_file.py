@@ -94,7 +94,10 @@ def load(path: Path) -> Any:
             def take(count: int) -> bytearray:
                 if count > size - file.tell():
                     raise PackError("the file ends before it")
-                return bytearray(file.read(count))
+                section = bytearray(count)
+                if file.readinto(section) != count:
+                    raise PackError("the file ends before it")
+                return section
 
             tree = _tree.unflatten(description["tree"], lambda line: _arrays.decode(line, take))
             if file.tell() != size:

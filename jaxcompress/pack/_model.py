@@ -20,11 +20,26 @@ import numpy as np
 from jaxcompress.pack._error import PackError
 
 
+LONGEST = 1024
+"""No table has as many bytes: at most 255 halvings of at most 1 + 24 bits and 128 pairs left whole."""
+
+
 class Model(NamedTuple):
     """The symbols' probabilities, float64 [2**width], and the table that tells them."""
 
     probabilities: np.ndarray
     table: bytes
+
+
+class Plan(NamedTuple):
+    """How a table will tell what was counted."""
+
+    counts: np.ndarray
+    """How often each symbol occurs: int [2**width]."""
+    bits: float
+    """What table and coded symbols will take together, nearly."""
+    halved: list[np.ndarray]
+    """For each level from the root on, whether each node is halved."""
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -33,33 +48,28 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float(used.sum() * np.log2(used.sum()) - (used * np.log2(used)).sum()) if used.size else 0.0
 
 
-def plan(counts: np.ndarray) -> tuple[float, list[np.ndarray]]:
-    """The tree of least description length for `counts` [2**width].
-
-    Returns:
-      (bits of table and coded symbols together, for each level from the root whether each node is halved).
-    """
+def plan(counts: np.ndarray) -> Plan:
+    """The tree of least description length for symbols of these counts, an integer array [2**width]."""
     node = counts.astype(np.float64)
+    weighted = _log2_weighted(node)
     cost = np.zeros_like(node)  # a single symbol has nothing to tell
     halved: list[np.ndarray] = []
     size = 1
     while node.size > 1:
-        left, right = node[0::2], node[1::2]
-        both, size = left + right, 2 * size
-        whole = 1 + both * math.log2(size)
+        node, size = node[0::2] + node[1::2], 2 * size
+        halves, weighted = weighted[0::2] + weighted[1::2], _log2_weighted(node)
+        whole = 1 + node * math.log2(size)
         # the last term is what rounding the share to sqrt(n) levels costs, n / (2 K**2) nats
-        half = 1 + _share_bits(both) + _log2_weighted(both) - _log2_weighted(left) - _log2_weighted(right) + 0.72
-        half = half + cost[0::2] + cost[1::2]
-        halved.append((half < whole) & (both > 0))
-        cost = np.where(both > 0, np.minimum(half, whole), 0.0)
-        node = both
-    return float(cost[0]), halved[::-1]
+        half = 1 + _share_bits(node) + weighted - halves + 0.72 + cost[0::2] + cost[1::2]
+        halved.append((half < whole) & (node > 0))
+        cost = np.where(node > 0, np.minimum(half, whole), 0.0)
+    return Plan(counts, float(cost[0]), halved[::-1])
 
 
-def fit(counts: np.ndarray) -> Model:
-    """The model of least description length for symbols of these counts, an integer array [2**width]."""
+def fit(plan: Plan) -> Model:
+    """The model that a plan describes."""
+    counts, _, halved = plan
     total = int(counts.sum())
-    _, halved = plan(counts)
     below = np.concatenate([[0], np.cumsum(counts)])
     probabilities = np.zeros(counts.size)
     table, used = 0, 0
@@ -91,7 +101,7 @@ def read(data: bytes, total: int, width: int) -> Model:
       PackError: `data` ends within the table.
     """
     probabilities = np.zeros(2**width)
-    window = int.from_bytes(data[:512], "little")  # 255 halvings of at most 1 + 15 bits fit
+    window = int.from_bytes(data, "little")
     limit, used = 8 * len(data), 0
     nodes = [(0, probabilities.size, 1.0)]
     while nodes:

@@ -27,10 +27,12 @@ _CHUNK = 1 << 18  # bytes; symbols are int32, one each, and should stay in the c
 
 
 class Plan(NamedTuple):
-    """How a stream is to be coded, and its size then, in bytes, to within a few."""
+    """How a stream is to be coded."""
 
     coding: str
     size: float
+    """In bytes, to within a few."""
+    model: _model.Plan | None
 
 
 def histogram(data: np.ndarray) -> np.ndarray:
@@ -44,31 +46,31 @@ def histogram(data: np.ndarray) -> np.ndarray:
 def plan(counts: np.ndarray) -> Plan:
     """The best coding for a stream whose bytes occur so often, int [256]."""
     total = int(counts.sum())
-    if total < 8:
-        return Plan("raw", total)
-    sizes = {}
+    raw = Plan("raw", total, None)
+    # narrower symbols know less, so no width can beat the entropy of bytes
+    if total < 8 or _model.entropy_bits(counts) / 8 >= _WORTH * total:
+        return raw
+    plans = []
     for width in _WIDTHS:
-        sizes[f"ans{width}"] = max(_model.plan(_narrow(counts, width))[0] / 8 + 1, total / EXPANSION)
-    smallest = min(sizes.values())
-    coding = next(coding for coding, size in sizes.items() if size <= _AS_GOOD * smallest)
-    return Plan(coding, sizes[coding]) if sizes[coding] < _WORTH * total else Plan("raw", total)
+        model = _model.plan(_narrow(counts, width))
+        plans.append(Plan(f"ans{width}", max(model.bits / 8 + 1, total / EXPANSION), model))
+    smallest = min(plan.size for plan in plans)
+    best = next(plan for plan in plans if plan.size <= _AS_GOOD * smallest)
+    return best if best.size < _WORTH * total else raw
 
 
-def encode(data: np.ndarray, counts: np.ndarray | None = None) -> tuple[str, bytes]:
-    """`data`, uint8 [n], coded as is best, and the coding's name; `counts` is its histogram, if it is known."""
-    counts = histogram(data) if counts is None else counts
-    coding = plan(counts).coding
-    if coding != "raw":
-        width = int(coding.removeprefix("ans"))
-        model = _model.fit(_narrow(counts, width))
+def encode(data: np.ndarray, plan: Plan) -> tuple[str, bytes]:
+    """`data`, uint8 [n], coded as planned, and the coding's name; as it is after all if that is no longer."""
+    if plan.model is not None:
+        width, model = int(plan.coding.removeprefix("ans")), _model.fit(plan.model)
         coded = (model.table + _words(data, width, model)).ljust(data.size // EXPANSION, b"\0")
         if len(coded) < data.size:
-            return coding, coded
+            return plan.coding, coded
     return "raw", data.tobytes()
 
 
-def decode(coding: str, coded: bytes | bytearray | memoryview, size: int) -> np.ndarray:
-    """The stream of `size` bytes that was coded so: uint8 [size], writable.
+def decode(coding: str, coded: bytearray | memoryview, size: int) -> np.ndarray:
+    """The stream of `size` bytes that was coded so: uint8 [size], writable; it may share memory with `coded`.
 
     Raises:
       PackError: this is no such stream.
@@ -76,13 +78,13 @@ def decode(coding: str, coded: bytes | bytearray | memoryview, size: int) -> np.
     if coding == "raw":
         if len(coded) != size:
             raise PackError(f"{len(coded)} raw bytes where {size} are wanted")
-        return np.frombuffer(bytearray(coded), np.uint8)
+        return np.frombuffer(coded, np.uint8)
     width = int(coding.removeprefix("ans"))
     if size >= EXPANSION * (len(coded) + 1):
         raise PackError(f"{len(coded)} coded bytes can't hold {size}")
-    coded, per_byte = bytes(coded), 8 // width
-    model = _model.read(coded, size * per_byte, width)
-    words = coded[len(model.table) :].rstrip(b"\0")
+    per_byte = 8 // width
+    model = _model.read(bytes(coded[: _model.LONGEST]), size * per_byte, width)
+    words = bytes(coded[len(model.table) :]).rstrip(b"\0")
     coder = AnsCoder(np.frombuffer(words.ljust(-(-len(words) // 4) * 4, b"\0"), "<u4").astype(np.uint32))
     symbols = Categorical(model.probabilities, perfect=False)
     data = np.empty(size, np.uint8)
