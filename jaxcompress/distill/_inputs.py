@@ -80,6 +80,38 @@ def blank(x: jax.Array, where: ArrayLike | None) -> jax.Array:
     return jnp.where(_mask(where, x.shape[:-1])[..., None], x, 0)
 
 
+def feature_pair(
+    student: ArrayLike,
+    teacher: ArrayLike,
+    where: ArrayLike | None = None,
+    *,
+    layout: str = "[batch, height, width, channels]",
+    same_shape: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Both sides' features, the teacher's constant, with zeros on the examples (first axis) that `where` leaves out.
+
+    `layout` names the axes that a loss needs, and so their number; with an ellipsis any number from 1 passes.
+    """
+    pair = as_float(student, "student"), constant(teacher, "teacher")
+    for x, name in zip(pair, ("student", "teacher"), strict=True):
+        if "..." not in layout:
+            check_rank(x, layout.count(",") + 1, name, layout)
+        elif x.ndim == 0:
+            raise ValueError(f"{name} must be {layout}, got a scalar")
+    if pair[0].shape[0] != pair[1].shape[0]:
+        raise ValueError(f"student and teacher must have one batch, got shapes {pair[0].shape} and {pair[1].shape}")
+    if same_shape:
+        check_same_shape(*pair, "features")
+    if where is None:
+        return pair
+    student, teacher = (jnp.where(_of_examples(where, x), x, 0) for x in pair)
+    return student, teacher
+
+
+def _of_examples(where: ArrayLike, x: jax.Array) -> jax.Array:
+    return _mask(where, x.shape[:1]).reshape(-1, *[1] * (x.ndim - 1))
+
+
 def keep(losses: jax.Array, where: ArrayLike | None) -> jax.Array:
     """`losses` with zeros on the examples left out."""
     return losses if where is None else jnp.where(_mask(where, losses.shape), losses, 0)

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxcompress.distill._divergences import kl_divergence
 from jaxcompress.distill._inputs import (
     Number,
     as_float,
+    blank,
     check_between,
     check_positive,
+    check_same_shape,
     class_labels,
+    constant,
     keep,
     logit_pair,
     logits,
@@ -64,7 +68,7 @@ def soft_target_loss(
     Returns:
       One value an example, `[...]`: average them, with `masked_mean(losses, where)` under padding.
     """
-    log_student, log_teacher = _log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
+    log_student, log_teacher = log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
     return keep(temperature**2 * kl_divergence(log_teacher, log_student), where)
 
 
@@ -81,7 +85,7 @@ def soft_cross_entropy_loss(
     The same gradient; larger than the divergence by `T^2` times the entropy of the soft targets. Arguments and result
     as in `soft_target_loss`.
     """
-    log_student, log_teacher = _log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
+    log_student, log_teacher = log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
     return keep(-(temperature**2) * jnp.sum(jnp.exp(log_teacher) * log_student, axis=-1), where)
 
 
@@ -159,17 +163,42 @@ def weighted_distillation_loss(
     return alpha * hard + beta * soft
 
 
-def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """`KL(p || q)` over the last axis, from log-probabilities; a class of `p = 0` adds 0 even where `log q = -inf`."""
-    p = jnp.exp(log_p)
-    possible = p > 0
-    difference = jnp.where(possible, log_p, 0) - jnp.where(possible, log_q, 0)
-    return jnp.sum(p * difference, axis=-1)
+def soft_label_loss(
+    student_logits: ArrayLike,
+    targets: ArrayLike,
+    temperature: Number = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """`soft_target_loss` against targets that are already probabilities, whatever made them.
+
+    `T^2 KL(targets || p_student)` with the student at temperature `T`; the targets are taken as they are, so bring
+    them to the same temperature first. For ensembles, refined and smoothed labels, and synthetic teachers.
+
+    Args:
+      student_logits: `[..., classes]`.
+      targets: the same shape; not negative, summing to 1 over classes (not checked); constant.
+      temperature: above 0, of the student.
+      axis: the class axis.
+      where: which examples count, as in `soft_target_loss`.
+
+    Returns:
+      One value an example, `[...]`.
+    """
+    check_positive(temperature, "temperature")
+    student = logits(student_logits, "student_logits", axis, where)
+    target = blank(jnp.moveaxis(constant(targets, "targets"), axis, -1), where)
+    check_same_shape(student, target, "logits and targets")
+    log_student = jax.nn.log_softmax(student / temperature)
+    entropy_terms = jax.scipy.special.xlogy(target, target)
+    return keep(temperature**2 * jnp.sum(entropy_terms - target * log_student, axis=-1), where)
 
 
-def _log_softmax_pair(
+def log_softmax_pair(
     student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number, axis: int, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
+    """Both sides' log-probabilities at a temperature, class axis last, the teacher's constant."""
     check_positive(temperature, "temperature")
     student, teacher = logit_pair(student_logits, teacher_logits, axis, where)
     return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
