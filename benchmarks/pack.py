@@ -1,8 +1,8 @@
 """Packed files: how fast they are written and read, and how small they are.
 
 The trees are those of the shared MLP (`_mlp.py`) with Gaussian weights: in float32; as int8 codes with a scale a
-column; the same with nine codes of ten zero; as packed int4 codes. The peer is `numpy.savez_compressed` on the same arrays:
-zlib at level 6, what one would use otherwise to make such a file smaller than its arrays.
+column; the same with nine codes of ten zero; as packed int4 codes. The peer is `numpy.savez_compressed` on the same
+arrays: zlib at level 6, what one would use otherwise to make such a file smaller than its arrays.
 """
 
 import io

@@ -12,7 +12,8 @@ stream's coding and its length in the file; the CRC-32 of those bytes, in hexade
   4 and 2 bits two and four a byte, the first in the low bits;
 * `planes`: first every element's lowest byte, then every second one, ...: a float's exponents stand together, and an
   integer's empty high bytes;
-* `nonzero`: a mask, packed bits, of the elements that are not all zero bits; then the planes of those alone.
+* `nonzero`: a mask, packed bits, of the elements that are not all zero bits; then the planes of those alone. (The -0.0
+  that a product of weights and mask leaves is kept as such, and costs more than a zero.)
 """
 
 import math

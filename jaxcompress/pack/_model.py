@@ -19,7 +19,6 @@ import numpy as np
 
 from jaxcompress.pack._error import PackError
 
-
 LONGEST = 1024
 """No table has as many bytes: at most 255 halvings of at most 1 + 24 bits and 128 pairs left whole."""
 
