@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,10 +205,12 @@ class Result:
             raise ValueError(f"result {self.name!r} goes into {self.name}.json, not {path.name}")
         text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def result(

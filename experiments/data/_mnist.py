@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def read_idx(path: Path, md5: str | None) -> np.ndarray:
     if md5 is not None and found != md5:
         raise ValueError(f"{path} is not the official file: its uncompressed content has md5 {found}, not {md5}")
     rank = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
-    shape = tuple(np.frombuffer(content[4 : 4 + 4 * rank], dtype=">i4").tolist())
-    if not rank or len(shape) != rank or len(content) != 4 + 4 * rank + int(np.prod(shape)):
+    shape = tuple(int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, rank + 1))
+    if not rank or len(content) != 4 + 4 * rank + math.prod(shape):
         raise ValueError(
             f"{path} is not an idx file of unsigned bytes: {len(content)} bytes, header {content[:16].hex()}"
         )

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+
+from experiments._splits import Dataset, HeldOut, Split
+from experiments.data import load
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or fills the user's cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.delenv("JAXCOMPRESS_DATA_DIR", raising=False)
+    return cache / "jaxcompress" / "tfds"
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A folder in which the real builder has made the digits' records."""
+    folder = tmp_path_factory.mktemp("digits")
+    load("digits", folder)
+    return folder
+
+
+@pytest.fixture
+def digits(digits_dir):
+    return load("digits", digits_dir)
+
+
+def numbered(name: str, n: int) -> Split:
+    """`n` distinct 2x2 images, and the image's number as its label."""
+    images = np.arange(n, dtype="<u4").view(np.uint8).reshape(n, 2, 2, 1)
+    return Split(name, images, np.arange(n, dtype=np.int32), 255)
+
+
+@pytest.fixture
+def toy() -> Dataset:
+    """A data set of 103, 20 and 30 numbered examples."""
+    return Dataset("toy", 200, numbered("train", 103), numbered("validation", 20), HeldOut(numbered("test", 30)))
