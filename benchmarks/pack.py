@@ -23,6 +23,7 @@ from jaxcompress import pack
 from jaxcompress.arrays import Quantized, nbytes
 
 PEER = "numpy.savez_compressed (zlib level 6)"
+MIN_SECONDS = 0.1  # of the peer's calls in a round
 
 
 def codes_tree(bits: int, kept: float = 1.0, widths: tuple[int, ...] = mlp.WIDTHS) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def zlib_bytes(tree: Any) -> int:
 
 def _rates(ours: Callable[[], Any], theirs: Callable[[], Any], size: int, rounds: int) -> Figure:
     """The rate in MB/s with that of the peer, and their ratio with its interval, in the detail."""
-    seconds, peer_seconds = time_pairs(ours, theirs, rounds)
+    seconds, peer_seconds = time_pairs(ours, theirs, rounds, seconds=MIN_SECONDS)
     ratio = summary([b / a for a, b in zip(seconds, peer_seconds, strict=True)], "x", PEER)
     peer = summary([size / s / 1e6 for s in peer_seconds], "MB/s", PEER)
     return summary(

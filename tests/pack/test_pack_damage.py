@@ -165,7 +165,7 @@ FORGED_TREES = {
     "huge mask": {"x": line("bool[100000000000000] ans1:0", b"")},
     "beyond 64 bits": {"x": line(f"int8[{10**40}] ans8:0", b"")},
     "huge and empty": {"x": line(f"int8[{10**30},0] raw:0", b"")},
-    "very many axes": {"x": line(f"int8[{','.join(['1'] * 5000)}] raw:0", b"")},
+    "very many axes": {"x": line(f"int8[{','.join(['1'] * 5000)},0] raw:0", b"")},
     "more digits than int takes": {"x": line(f"int8[{'9' * 5000}] raw:0", b"")},
     "huge length": {"x": "int8[4] raw:99999999999999999999 00000000"},
     "negative length": {"x": "int8[4] raw:-4 00000000"},
