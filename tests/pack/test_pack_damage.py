@@ -26,6 +26,7 @@ from jax.core import ShapedArray
 from jaxcompress import pack
 from jaxcompress.arrays import Leaf, Quantized
 from jaxcompress.pack import PackError, _file
+from jaxcompress.pack.__main__ import main
 
 any_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -152,6 +153,19 @@ def test_header_and_metadata_of_damaged_files(tmp_path):
         for read in (pack.read_header, pack.load_metadata):
             with pytest.raises(PackError):
                 read(tmp_path / "damaged")
+
+
+def test_printing_the_header_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "damaged").write_bytes(packed(tmp_path, small_tree())[:30])
+    for arguments, status, says in (
+        ([str(tmp_path / "damaged")], 1, "cut short"),
+        ([str(tmp_path / "nothing")], 1, "No such file"),
+        ([], 2, "usage"),
+        (["--help"], 2, "usage"),
+    ):
+        assert main(arguments) == status
+        printed = capsys.readouterr()
+        assert says in printed.err and not printed.out
 
 
 # Forgery: the checksums are right, the header lies
