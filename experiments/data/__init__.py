@@ -1,7 +1,7 @@
 """Data sets for experiments, without TensorFlow: `load` a data set, then draw `batches`.
 
 A tensorflow-datasets builder turns the original files into array_record files once, `tfds.data_source` reads them,
-and grain shuffles, batches and keeps the position:
+and a grain pipeline shuffles, batches and keeps the position:
 
     dataset = load("digits")
     stream = batches(dataset.train, 128, seed=0)
