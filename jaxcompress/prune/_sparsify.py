@@ -1,0 +1,209 @@
+"""The pruning transformation: the last of an `optax.chain`, whose updates leave pruned weights at exactly zero."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
+from optax._src import base  # its message for a missing `params`, as every transformation raises it
+
+from jaxcompress import paths
+from jaxcompress.prune._masks import SparsifyState, check_finite
+from jaxcompress.prune._patterns import Pattern, Unstructured
+from jaxcompress.prune._ranking import lowest
+from jaxcompress.prune._schedules import Schedule
+from jaxcompress.prune._scores import Score, magnitude
+
+
+def sparsify(
+    rules: paths.Rules[Pattern | float | None],
+    schedule: Schedule,
+    *,
+    score: Score = magnitude,
+    allow_empty: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes weights while an optimizer trains the others; needs no call in the training loop.
+
+    It stands last in `optax.chain`: the update of a pruned weight is minus the weight, so the parameters that
+    `optax.apply_updates` returns are exactly zero there (`p + (-p)` is), whatever the optimizer wanted.
+
+        tx = optax.chain(
+            optax.adam(1e-3),
+            prune.sparsify({"kernel$": prune.Unstructured(0.9)}, prune.polynomial(begin=1000, end=5000, every=100)),
+        )
+
+    It works inside `optax.MultiSteps`, `inject_hyperparams`, `apply_if_finite`, `masked` and `multi_transform`, and in
+    an `nnx.Optimizer`. What rescales or averages updates or parameters *after* it would undo the zeros: put it outside
+    `optax.contrib.schedule_free` and `optax.lookahead`, and send averaged parameters (an EMA,
+    `schedule_free_eval_params`) through `apply_masks`.
+
+    Masks follow the weights before this step's update: the lowest scores are pruned, of equal scores the first in the
+    weight's row-major order, so that the number pruned is the number asked and does not depend on the sharding. A
+    weight whose score is NaN ranks highest: it is kept, so that the failure stays visible.
+
+    Args:
+      rules: by path, what is pruned how: a pattern, a number (`Unstructured` of that sparsity), or `None` (kept dense).
+        The first match wins; parameters that no rule matches are kept dense.
+      schedule: when the masks change; see `polynomial` and `one_shot`.
+      score: of a weight, how much each of its entries matters.
+      allow_empty: whether a pattern may prune every weight of a layer (a rounded 0.99 of 10 weights does).
+
+    Returns:
+      A transformation whose `init` and `update` raise ValueError for rules that don't fit the parameters (a rule that
+      matches nothing, a pattern that doesn't divide a shape, a layer that would be empty), for non-finite weights at a
+      concrete `init`, for masks of other parameters (a restored state), and for an `update` without parameters. Its
+      updates have the dtype of the parameters wherever a rule matched.
+    """
+
+    def init_fn(params: Any) -> SparsifyState:
+        plan = _plan(rules, params, schedule, allow_empty)
+        check_finite({layer.name: x for layer, x in zip(plan, jax.tree.leaves(params), strict=True) if layer.pattern})
+        masks = [
+            _ones_like(x) if layer.pattern else None for layer, x in zip(plan, jax.tree.leaves(params), strict=True)
+        ]
+        return SparsifyState(jnp.zeros((), jnp.int32), jax.tree.unflatten(jax.tree.structure(params), masks))
+
+    def update_fn(
+        updates: Any, state: SparsifyState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SparsifyState]:
+        del extra_args
+        if params is None:
+            raise ValueError(base.NO_PARAMS_MSG)
+        plan = _plan(rules, params, schedule, allow_empty)
+        masks = _masks_like(params, state.masks, plan)
+        chosen = [i for i, layer in enumerate(plan) if layer.pattern]
+        leaves, treedef = _flatten(params)
+        grads = treedef.flatten_up_to(updates)
+        fresh = _scheduled_masks(
+            state.step,
+            [masks[i] for i in chosen],
+            [leaves[i] for i in chosen],
+            layers=tuple(plan[i] for i in chosen),
+            schedule=schedule,
+            score=score,
+        )
+        for i, mask in zip(chosen, fresh, strict=True):
+            masks[i] = mask
+            grads[i] = jnp.where(mask, grads[i].astype(leaves[i].dtype), -leaves[i])
+        new_state = SparsifyState(optax.safe_increment(state.step), treedef.unflatten(masks))
+        return treedef.unflatten(grads), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Layer(NamedTuple):
+    """One leaf of the parameters, and what is asked of it."""
+
+    name: str
+    pattern: Pattern | None
+    start: int  # units pruned at progress 0
+    end: int  # units pruned at progress 1
+
+
+def _plan(rules: paths.Rules[Any], params: Any, schedule: Schedule, allow_empty: bool) -> list[_Layer]:
+    """What happens to each leaf of `params`, in tree order; raises ValueError where a rule does not fit."""
+    named = paths.named_leaves(params)
+    values = paths.match(rules, [name for name, _ in named], None)
+    return [_layer(name, x, value, schedule, allow_empty) for (name, x), value in zip(named, values, strict=True)]
+
+
+def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool) -> _Layer:
+    if value is None:
+        return _Layer(name, None, 0, 0)
+    pattern = Unstructured(value) if isinstance(value, int | float) else value
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"the rule for {name!r} gives {value!r}: want a pattern, a sparsity in [0, 1), or None")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name!r} is {x.dtype}: only floating-point weights can be pruned; give it the rule None")
+    try:
+        pattern.check(x.shape)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    units, end = pattern.units(x.shape), pattern.budget(x.shape)
+    start = round(schedule.initial * units)
+    if end >= units > 0 and not allow_empty:
+        raise ValueError(
+            f"{name!r} of shape {x.shape} would lose all its weights to {pattern}: lower the sparsity, give it the "
+            f"rule None, or pass allow_empty=True"
+        )
+    if start > end:
+        raise ValueError(f"{name!r}: the schedule starts at sparsity {schedule.initial}, above what {pattern} prunes")
+    return _Layer(name, pattern, start, end)
+
+
+def _flatten(tree: Any) -> tuple[list[jax.Array], Any]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return leaves, treedef
+
+
+def _ones_like(x: Any) -> jax.Array:
+    """True everywhere, sharded like `x`, also where `x` is a tracer and its sharding not known yet."""
+    ones = jnp.ones_like(x, dtype=bool)
+    return shard_alike(ones, x)[0] if isinstance(x, Tracer) else ones
+
+
+def _masks_like(params: Any, masks: Any, plan: Sequence[_Layer]) -> list[Any]:
+    """The masks in the order of `plan`; raises ValueError if they are not of these parameters."""
+    leaves, treedef = _flatten(params)
+    try:
+        flat = treedef.flatten_up_to(masks)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the pruning state is of other parameters: its masks are for {[n for n, _ in paths.named_leaves(masks)]}, "
+            f"the rules choose {[layer.name for layer in plan if layer.pattern]}; init the optimizer anew, or restore "
+            f"the state of this model"
+        ) from error
+    for layer, x, mask in zip(plan, leaves, flat, strict=True):
+        want = x.shape if layer.pattern else None
+        have = None if mask is None else mask.shape
+        if want != have:
+            raise ValueError(
+                f"the pruning state is of other parameters or rules: the mask of {layer.name!r} has shape {have}, "
+                f"want {want}; init the optimizer anew, or restore the state of this model"
+            )
+    return flat
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "schedule", "score"))  # an eager loop compiles it once
+def _scheduled_masks(
+    step: jax.Array,
+    masks: list[jax.Array],
+    weights: list[jax.Array],
+    layers: tuple[_Layer, ...],
+    schedule: Schedule,
+    score: Score,
+) -> list[jax.Array]:
+    """The masks after step `step`: new ones if the schedule says so, else the old ones at no cost."""
+
+    def renew() -> list[jax.Array]:
+        progress = schedule.progress(step)
+        return [_mask(score(x), layer, progress) for layer, x in zip(layers, weights, strict=True)]
+
+    return lax.cond(schedule.due(step), renew, lambda: masks)
+
+
+def _mask(scores: jax.Array, layer: _Layer, progress: jax.Array) -> jax.Array:
+    pattern = layer.pattern
+    assert pattern is not None
+    pruned = lowest([pattern.keys(scores)], layer.start + scaled(layer.end - layer.start, progress), pattern.stack)[0]
+    return pattern.keep(pruned, scores.shape)
+
+
+def scaled(number: int, share: jax.Array) -> jax.Array:
+    """`number * share` for a share in [0, 1], to within one, as uint32 [].
+
+    In float32 the product of a large number would be off by more: so the share's 24 bits are multiplied in two halves.
+    """
+    if number >= 1 << 31:
+        raise ValueError(f"{number} weights of one layer are pruned together: at most {(1 << 31) - 1} can be")
+    bits = jnp.round(jnp.clip(share, 0, 1).astype(jnp.float32) * (1 << 24)).astype(jnp.uint32)
+    high, low = bits >> 12, bits & 0xFFF  # the share is (high + low / 2**12) / 2**12
+    top, rest = jnp.uint32(number >> 12), jnp.uint32(number & 0xFFF)  # the number is top * 2**12 + rest
+    units = top * high  # below 2**32, in units of 1
+    parts = top * low + rest * high + ((rest * low) >> 12)  # in units of 2**-12: below 2**31 + 2**24 + 2**12
+    return units + (parts >> 12)

@@ -1,0 +1,87 @@
+"""Patterns against loops in NumPy."""
+
+import itertools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jaxcompress import prune
+from jaxcompress.prune._ranking import lowest
+
+
+def mask(pattern: prune.Pattern, scores: jax.Array, k: int | None = None) -> np.ndarray:
+    pattern.check(scores.shape)
+    k = pattern.budget(scores.shape) if k is None else k
+    return np.asarray(pattern.keep(lowest([pattern.keys(scores)], jnp.uint32(k), pattern.stack)[0], scores.shape))
+
+
+def nm_oracle(scores: np.ndarray, n: int, m: int, axis: int) -> np.ndarray:
+    """Group by group; zeros fill up the last one and go first."""
+    lines = np.moveaxis(scores, axis, -1)
+    keep = np.ones(lines.shape, bool)
+    for index in itertools.product(*map(range, lines.shape[:-1])):
+        for start in range(0, lines.shape[-1], m):
+            group = lines[index][start : start + m]
+            drop = max(0, len(group) - n)
+            keep[index][start : start + m][np.argsort(group, kind="stable")[:drop]] = False
+    return np.moveaxis(keep, -1, axis)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+    nm=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 4), (1, 3), (4, 8)]),
+    data=st.data(),
+)
+def test_nm_keeps_the_best_of_every_group(shape: tuple[int, ...], nm: tuple[int, int], data: st.DataObject) -> None:
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    scores = np.asarray(jax.random.randint(jax.random.key(sum(shape)), shape, 0, 6), np.float32)  # with many ties
+    got = mask(prune.NM(*nm, axis=axis, pad=True), jnp.asarray(scores))
+    np.testing.assert_array_equal(got, nm_oracle(scores, *nm, axis))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nm_ramps_weight_by_weight(dtype: jnp.dtype) -> None:
+    """On the way to 2:4 every number of weights is reached, the lowest of those that go in the end."""
+    pattern = prune.NM(2, 4)
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (16, 6))).astype(dtype)
+    final = ~mask(pattern, scores)
+    order = [i for i in np.argsort(np.asarray(scores, np.float32).ravel(), kind="stable") if final.ravel()[i]]
+    for k in (0, 1, 5, 24, 47, 48):
+        np.testing.assert_array_equal(np.flatnonzero(~mask(pattern, scores, k)), np.sort(order[:k]))
+
+
+def test_unstructured_prunes_a_rounded_number() -> None:
+    for size, sparsity in [(10, 0.25), (10, 0.26), (1000, 0.999), (7, 0.5), (3, 0.0)]:
+        pruned = (~mask(prune.Unstructured(sparsity), jnp.arange(1.0, size + 1))).sum()
+        assert abs(pruned - sparsity * size) <= 0.5
+
+
+def test_stack_gives_each_layer_its_sparsity() -> None:
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (3, 10, 10))) * jnp.array([1, 10, 100]).reshape(3, 1, 1)
+    np.testing.assert_array_equal(mask(prune.Unstructured(0.73, stack=1), scores).sum((1, 2)), [27, 27, 27])
+    assert mask(prune.Unstructured(0.3), scores)[2].mean() > 0.95  # ranked as one, the small ones go
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: prune.Unstructured(1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: prune.Unstructured(-0.1), r"in \[0, 1\), got -0.1"),
+        (lambda: prune.Unstructured(float("nan")), r"in \[0, 1\), got nan"),
+        (lambda: prune.Unstructured(0.5, stack=-1), "stack must be"),
+        (lambda: prune.Unstructured(0.5, stack=3).check((4, 4)), "stack=3 leading axes"),
+        (lambda: prune.NM(5, 4), "got 5:4"),
+        (lambda: prune.NM(0, 4), "got 0:4"),
+        (lambda: prune.NM(2, 4).check((6, 8)), r"4 does not divide 6; .* pad=True"),
+        (lambda: prune.NM(2, 4).check((8,)), "no such axis"),
+        (lambda: prune.NM(2, 4, axis=2).check((8, 8)), "no such axis"),
+    ],
+)
+def test_bad_input(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

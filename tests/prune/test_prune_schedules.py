@@ -1,0 +1,49 @@
+"""Schedules against the papers' formulas, step by step."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress import prune
+
+
+def run(schedule: prune.Schedule, steps: int) -> list[tuple[int, float]]:
+    return [(t, float(schedule.progress(jnp.int32(t)))) for t in range(steps) if bool(schedule.due(jnp.int32(t)))]
+
+
+def test_polynomial_is_equation_1_of_zhu_and_gupta() -> None:
+    s_i, s_f, t_0, n, dt = 0.2, 0.9, 100, 10, 7
+    schedule = prune.polynomial(t_0, t_0 + n * dt, dt, initial=s_i)
+    got = [(t, s_i + (s_f - s_i) * p) for t, p in run(schedule, 300)]
+    paper = [(t, s_f + (s_i - s_f) * (1 - (t - t_0) / (n * dt)) ** 3) for t in range(t_0, t_0 + n * dt + 1, dt)]
+    assert [t for t, _ in got] == [t for t, _ in paper]
+    np.testing.assert_allclose([s for _, s in got], [s for _, s in paper], atol=1e-6)
+
+
+def test_the_end_is_reached_where_every_does_not_divide() -> None:
+    assert run(prune.polynomial(2, 9, 4), 20) == [(2, 0.0), (6, pytest.approx(1 - (3 / 7) ** 3)), (9, 1.0)]
+
+
+def test_power_one_is_a_straight_ramp() -> None:
+    np.testing.assert_allclose([p for _, p in run(prune.polynomial(0, 4, power=1), 9)], [0, 0.25, 0.5, 0.75, 1])
+
+
+def test_one_shot_is_once() -> None:
+    assert run(prune.one_shot(3), 10) == [(3, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: prune.polynomial(10, 10), "ends before it begins: begin=10, end=10"),
+        (lambda: prune.polynomial(10, 5), "ends before it begins"),
+        (lambda: prune.polynomial(-1, 5), "begin must be a step, 0 or later, got -1"),
+        (lambda: prune.polynomial(0, 5, 0), "every must be at least 1"),
+        (lambda: prune.polynomial(0, 5, power=0), "power must be positive"),
+        (lambda: prune.polynomial(0, 5, initial=1.0), r"initial must be in \[0, 1\)"),
+        (lambda: prune.one_shot(-3), "step must be a step"),
+    ],
+)
+def test_bad_input(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,74 @@
+"""One device and eight give the same masks; masks lie where their parameters lie; no weights travel."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcompress import prune
+
+SPECS = {"rows": P("a", None), "columns": P(None, "b"), "both": P("a", "b"), "whole": P()}
+RULES = {"rows": 0.7, "columns": prune.NM(2, 4), "both": prune.Unstructured(0.45, stack=0), "whole": prune.NM(1, 4)}
+TX = optax.chain(optax.sgd(0.1), prune.sparsify(RULES, prune.polynomial(0, 4, 2, initial=0.1)))
+
+
+def parameters() -> dict[str, jax.Array]:
+    """With many equal magnitudes, so that ties are broken across shards."""
+    key = jax.random.key(0)
+    return {
+        name: jnp.round(jax.random.normal(jax.random.fold_in(key, i), (64, 48)) * 4) + 0.5
+        for i, name in enumerate(SPECS)
+    }
+
+
+@jax.jit
+def step(params, state):
+    updates, state = TX.update(jax.tree.map(jnp.cos, params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("jit_init", [False, True])
+def test_eight_devices_as_one(kind: AxisType, jit_init: bool) -> None:
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    alone = parameters()
+    sharded = jax.device_put(alone, {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
+    one, eight = TX.init(alone), (jax.jit(TX.init) if jit_init else TX.init)(sharded)
+    for i in range(6):
+        for name, mask in prune.masks(eight).items():
+            assert mask.dtype == bool and mask.sharding.is_equivalent_to(sharded[name].sharding, 2), (i, name)
+        alone, one = step(alone, one)
+        sharded, eight = step(sharded, eight)
+        for name, mask in prune.masks(eight).items():
+            np.testing.assert_array_equal(mask, prune.masks(one)[name])
+            np.testing.assert_array_equal(sharded[name], alone[name])
+    assert len({bytes(np.asarray(m)) for m in prune.masks(one).values()}) == 4
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+    """(operation, elements) of every collective in compiled HLO."""
+    found = re.findall(
+        r"= (\(?[^=]*?)\s(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    shapes = [(op, re.findall(r"\w+\[([\d,]*)\]", shape)) for shape, op in found]
+    return [(op, sum(int(np.prod([int(n) for n in dims.split(",") if n])) for dims in shape)) for op, shape in shapes]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_only_scalars_travel(kind: AxisType) -> None:
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    sharded = jax.device_put(parameters(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
+    found = collectives(step.lower(sharded, jax.jit(TX.init)(sharded)).compile().as_text())
+    assert found, "the counts must be added up over the mesh"
+    assert all(op == "all-reduce" and elements == 1 for op, elements in found), found
+
+
+def test_the_check_above_sees_a_gather() -> None:
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, P("a")))
+    assert ("all-gather", 512) in collectives(jax.jit(lambda x: jnp.sort(x.ravel())).lower(x).compile().as_text())
