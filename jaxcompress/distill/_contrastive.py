@@ -119,7 +119,7 @@ def contrastive_loss(
     student, teacher = as_float(student, "student"), as_float(teacher, "teacher")
     check_same_shape(student, teacher, "embeddings")
     examples = memory.student.shape[0]
-    memory = jax.lax.stop_gradient(memory)
+    memory = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, memory))
     student_scores, student_constant = _scores(
         student, memory.teacher[contrast_indices], memory.student_constant, temperature, examples
     )

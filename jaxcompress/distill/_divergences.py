@@ -8,6 +8,17 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.distill._inputs import Number
+
+
+def log_softmax(logits: jax.Array, temperature: Number) -> jax.Array:
+    """`jax.nn.log_softmax(logits / temperature)`, safe for huge logits.
+
+    The largest logit is subtracted before the division: the other way round XLA may fuse `z / T - max` into a single
+    rounding where the maximum itself has two, and a difference of 1e22 instead of 0 overflows the exponential.
+    """
+    return jax.nn.log_softmax((logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))) / temperature)
+
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """`KL(p || q)`; a class of `p = 0` adds 0 even where `log q = -inf`."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxcompress.distill._divergences import log_softmax
 from jaxcompress.distill._inputs import Number, check_positive, constant
 from jaxcompress.distill._softmax import hard_label_loss, soft_target_loss
 
@@ -30,23 +31,34 @@ def ensemble_targets(
       temperature: above 0.
       mean: `"probabilities"`, `"logits"` or `"log_probabilities"`.
       weights: `[teachers]`, not negative; scaled to sum 1. Equal by default.
-      axis: the class axis.
+      axis: the class axis, counted from the end.
 
     Returns:
       Probabilities, `[..., classes]`.
     """
     check_positive(temperature, "temperature")
-    stacked = constant(teacher_logits, "teacher_logits") / temperature
+    _check_from_the_end(axis)
+    stacked = constant(teacher_logits, "teacher_logits")
     if stacked.ndim < 2:
         raise ValueError(f"teacher_logits must be [teachers, ..., classes], got shape {stacked.shape}")
-    shares = _shares(weights, stacked.shape[0])
+    shares, stacked = _shares(weights, stacked.shape[0]), jnp.moveaxis(stacked, axis, -1)
     if mean == "probabilities":
-        return jnp.tensordot(shares, jax.nn.softmax(stacked, axis=axis), axes=1)
-    if mean == "logits":
-        return jax.nn.softmax(jnp.tensordot(shares, stacked, axes=1), axis=axis)
-    if mean == "log_probabilities":
-        return jax.nn.softmax(jnp.tensordot(shares, jax.nn.log_softmax(stacked, axis=axis), axes=1), axis=axis)
-    raise ValueError(f"mean must be 'probabilities', 'logits' or 'log_probabilities', got {mean!r}")
+        targets = jnp.tensordot(shares, jnp.exp(log_softmax(stacked, temperature)), axes=1)
+    elif mean == "logits":
+        targets = jnp.exp(
+            log_softmax(jax.lax.optimization_barrier(jnp.tensordot(shares, stacked, axes=1)), temperature)
+        )
+    elif mean == "log_probabilities":
+        mixed = jnp.tensordot(shares, log_softmax(stacked, temperature), axes=1)
+        targets = jnp.exp(log_softmax(jax.lax.optimization_barrier(mixed), 1.0))
+    else:
+        raise ValueError(f"mean must be 'probabilities', 'logits' or 'log_probabilities', got {mean!r}")
+    return jnp.moveaxis(targets, -1, axis)
+
+
+def _check_from_the_end(axis: int) -> None:
+    if axis >= 0:
+        raise ValueError(f"axis must be counted from the end (negative), since teachers have an axis more; got {axis}")
 
 
 def _shares(weights: ArrayLike | None, teachers: int) -> jax.Array:
@@ -77,14 +89,13 @@ def several_teachers_loss(
       teacher_logits: `[teachers, ..., classes]`; constant.
       temperature: above 0.
       weights: `[teachers]`, as in `ensemble_targets`.
-      axis: the class axis, counted in the student's array from the end.
+      axis: the class axis, counted from the end.
       where: which examples count, in the shape of the result.
 
     Returns:
       One value an example, `[...]`.
     """
-    if axis >= 0:
-        raise ValueError(f"axis must be counted from the end (negative), since teachers have an axis more; got {axis}")
+    _check_from_the_end(axis)
     losses = [
         soft_target_loss(student_logits, t, temperature, axis=axis, where=where) for t in jnp.asarray(teacher_logits)
     ]

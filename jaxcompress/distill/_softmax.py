@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._divergences import kl_divergence
+from jaxcompress.distill._divergences import kl_divergence, log_softmax
 from jaxcompress.distill._inputs import (
     Number,
     as_float,
@@ -41,7 +41,8 @@ def temperature_softmax(logits: ArrayLike, temperature: Number = 1.0, axis: int 
 def temperature_log_softmax(logits: ArrayLike, temperature: Number = 1.0, axis: int = -1) -> jax.Array:
     """The logarithms of `temperature_softmax`, computed without leaving the log domain."""
     check_positive(temperature, "temperature")
-    return jax.nn.log_softmax(as_float(logits, "logits") / temperature, axis=axis)
+    z = jnp.moveaxis(as_float(logits, "logits"), axis, -1)
+    return jnp.moveaxis(log_softmax(z, temperature), -1, axis)
 
 
 def soft_target_loss(
@@ -190,7 +191,7 @@ def soft_label_loss(
     student = logits(student_logits, "student_logits", axis, where)
     target = blank(jnp.moveaxis(constant(targets, "targets"), axis, -1), where)
     check_same_shape(student, target, "logits and targets")
-    log_student = jax.nn.log_softmax(student / temperature)
+    log_student = log_softmax(student, temperature)
     entropy_terms = jax.scipy.special.xlogy(target, target)
     return keep(temperature**2 * jnp.sum(entropy_terms - target * log_student, axis=-1), where)
 
@@ -201,4 +202,4 @@ def log_softmax_pair(
     """Both sides' log-probabilities at a temperature, class axis last, the teacher's constant."""
     check_positive(temperature, "temperature")
     student, teacher = logit_pair(student_logits, teacher_logits, axis, where)
-    return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    return log_softmax(student, temperature), log_softmax(teacher, temperature)

@@ -139,7 +139,7 @@ def teacher_free_loss(
     student = logits(student_logits, "student_logits", axis, where)
     labels = class_labels(labels, student.shape[:-1], where)
     target = virtual_teacher(labels, student.shape[-1], correct_probability, temperature)
-    divergence = soft_label_loss(student / student_temperature, target, where=where)
+    divergence = soft_label_loss(student, target, student_temperature, where=where) / student_temperature**2
     return (1 - alpha) * hard_label_loss(student, labels, where=where) + alpha * multiplier * divergence
 
 

@@ -1,17 +1,13 @@
 """The reference implementations' numbers: every case in `tests/golden`, values and gradients."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_adapter import FAMILIES, evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-sys.path.insert(0, str(GOLDEN.parent))
-
-from golden_adapter import FAMILIES, evaluate  # noqa: E402
-
 FILES = sorted(GOLDEN.glob("*.npz"))
 
 
