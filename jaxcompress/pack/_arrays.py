@@ -44,6 +44,7 @@ _LINE = re.compile(
     r"((?P<layout>planes|nonzero) )?(?P<streams>(raw|ans[1248]):\d+(\+(raw|ans[1248]):\d+)*) (?P<crc>[0-9a-f]{8})"
 )
 _Stream = tuple[np.ndarray, _streams.Plan]
+_SPLIT = 200  # bytes; of less, planes save less than their line in the header takes
 _MOSTLY = 1 / 16  # the share of zeros from which on leaving them out is tried
 
 
@@ -105,7 +106,7 @@ def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 def _cheapest(packed: np.ndarray, width: int) -> tuple[str, list[_Stream]]:
     """The layout that is expected to be smallest: its word in the line, and its streams."""
-    if width == 1:
+    if width == 1 or packed.size < _SPLIT:
         return "", [(packed, _streams.plan(_streams.histogram(packed)))]
     planes = [np.ascontiguousarray(plane) for plane in packed.reshape(-1, width).T]
     counts = [_streams.histogram(plane) for plane in planes]
