@@ -15,13 +15,14 @@ from jaxcompress.train._loop import NonFiniteError, ResumableIterator, fit
 from jaxcompress.train._metrics import JsonLines
 from jaxcompress.train._sharding import make_mesh, shard, shard_batch, shardings
 from jaxcompress.train._state import TrainState
-from jaxcompress.train._step import Context, Step, make_step
+from jaxcompress.train._step import Context, LossFn, Step, make_step
 
 __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "Context",
     "JsonLines",
+    "LossFn",
     "NonFiniteError",
     "ResumableIterator",
     "Step",

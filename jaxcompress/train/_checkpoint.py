@@ -102,7 +102,7 @@ class Checkpoints:
         """
         step = int(state.step)
         if self.best is not None and self.best not in (metrics or {}):
-            raise ValueError(f"the best checkpoint is judged by {self.best!r}, step {step} has {sorted(metrics or {})}")
+            raise ValueError(f"the best checkpoint is judged by {self.best!r}; step {step} has {sorted(metrics or {})}")
         if step in self._manager.all_steps():
             raise ValueError(f"{self.directory} has a checkpoint of step {step} already; use another directory")
         positions = _gather(to_json(data))
@@ -131,22 +131,20 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no such checkpoint.
           CheckpointMismatchError: the checkpoint is another model's; the message names the first differing paths.
-          ValueError: the data position is another number of processes'.
+          ValueError: the checkpoint is damaged; the data position is another number of processes'.
         """
         there = self.all_steps()
         step = self.latest_step() if step is None else step
         if step is None or step not in there:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {there}")
-        read = self._manager.restore(
-            step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        )
+        read = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         targets = _named(jax.tree.map(_target, state))
         self._compare(step, read.meta, targets)
         position = self._position(step, read.data["positions"])
         if release:
             jax.tree.map(lambda x: x.delete(), state)
         wanted = {name: x for name, x in targets.items() if x.size}
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+        restored = self._read(step, state=ocp.args.StandardRestore(wanted)).state
         leaves = [
             restored[name] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in targets.items()
         ]
@@ -168,6 +166,14 @@ class Checkpoints:
     ) -> None:
         self.close()
 
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # tensorstore, json and orbax each raise their own
+            raise ValueError(
+                f"checkpoint {step} in {self.directory} cannot be read: it is damaged, or not of this package ({error})"
+            ) from error
+
     def _compare(self, step: int, meta: Any, targets: Mapping[str, Any]) -> None:
         where = f"checkpoint {step} in {self.directory}"
         if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
@@ -175,9 +181,10 @@ class Checkpoints:
         there, here = meta["leaves"], {name: _describe(x) for name, x in targets.items()}
         differing = [name for name in [*here, *(there.keys() - here.keys())] if there.get(name) != here.get(name)]
         if differing:
+            differing.sort(key=lambda name: (not name.startswith("params"), name))  # the rest follows from them
             shown = "; ".join(
                 f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-                for name in sorted(differing)[:5]
+                for name in differing[:5]
             )
             raise CheckpointMismatchError(
                 f"{where} holds another model or optimizer: {len(differing)} of {len(here)} leaves differ. {shown}"
