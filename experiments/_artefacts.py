@@ -1,0 +1,64 @@
+"""What is measured is what lies on the disk: models saved to files, read back, and evaluated."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from experiments._splits import Split
+from jaxcompress import report
+from jaxcompress.arrays import compressed
+from jaxcompress.paths import named_leaves
+
+NOISE = 0.2  # standard deviation of the Gaussian noise on inputs in [0, 1], for robustness
+
+
+def save_plain(path: Path, variables: Any) -> int:
+    """Writes a tree's arrays, those of compressed leaves too, side by side and uncoded; returns the file's bytes.
+
+    safetensors: what the weights take on the disk today without a coder, with a header of a few hundred bytes.
+    """
+    save_file({name: np.asarray(x) for name, x in named_leaves(variables)}, path)
+    return os.path.getsize(path)
+
+
+def load_plain(path: Path, like: Any) -> Any:
+    """The tree that `save_plain` wrote, in the structure of `like`."""
+    arrays = load_file(path)
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in named_leaves(like)])
+
+
+def classifier(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """`(variables, images) -> logits` in evaluation mode."""
+    return lambda variables, images: model.apply(variables, images)  # type: ignore[return-value]
+
+
+def accuracy(model: nn.Module, variables: Any, split: Split, noise: float = 0.0) -> float:
+    """The share of a split's examples that a model, compressed or not, classifies rightly.
+
+    Args:
+      noise: standard deviation of Gaussian noise added to the images, from a fixed key.
+    """
+    images = jnp.asarray(split.inputs())
+    if noise:
+        images += noise * jax.random.normal(jax.random.key(0), images.shape)
+    logits = jax.jit(compressed(classifier(model)))(variables, images)
+    return float(jnp.mean(jnp.argmax(logits, axis=-1) == split.labels))
+
+
+def measure(model: nn.Module, variables: Any, test: Split, size: int, batch: int = 128) -> dict[str, float]:
+    """A model's line of figures: accuracies in per cent on test data, and what it costs for a batch of them."""
+    images = jnp.asarray(test.inputs()[:batch])
+    cost = report.cost(classifier(model), variables, images)._asdict()
+    return {
+        "accuracy": 100 * accuracy(model, variables, test),
+        "noisy_accuracy": 100 * accuracy(model, variables, test, NOISE),
+        "bytes": size,
+        **{name: float(value) for name, value in cost.items()},
+    }

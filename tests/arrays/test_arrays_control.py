@@ -1,0 +1,133 @@
+"""Rules are hit inside control flow and custom derivatives, and the numbers are those of the dense model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from leaves import quantized, sparse
+
+from jaxcompress.arrays import compressed, dense, watch
+
+
+@jax.custom_vjp
+def product_vjp(x, w):
+    return x @ w
+
+
+product_vjp.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (2.0 * g @ r[1].T, 3.0 * r[0].T @ g))  # told apart by 2 and 3
+
+
+@jax.custom_jvp
+def product_jvp(x, w):
+    return x @ w
+
+
+@product_jvp.defjvp
+def _(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, 2.0 * dx @ w + 3.0 * x @ dw
+
+
+def in_scan(x, w):
+    return lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=3)[0]
+
+
+def in_stacked_scan(x, w):
+    return lax.scan(lambda c, layer: (jnp.tanh(c @ layer), None), x, w)[0]
+
+
+def in_while(x, w):
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[1]
+
+
+def in_cond(x, w):
+    return lax.cond(x[0, 0] > 0, lambda x, w: x @ w, lambda x, w: 2 * (x @ w), x, w)
+
+
+MODELS = {
+    "plain": lambda x, w: x @ w,
+    "jit": jax.jit(lambda x, w: x @ w),
+    "scan": in_scan,
+    "cond": in_cond,
+    "remat": jax.checkpoint(lambda x, w: jnp.tanh(x @ w) @ w),
+    "remat with a policy": jax.checkpoint(lambda x, w: jnp.tanh(x @ w), policy=jax.checkpoint_policies.dots_saveable),
+    "remat in scan": lambda x, w: lax.scan(jax.checkpoint(lambda c, _: (jnp.tanh(c @ w), None)), x, None, length=3)[0],
+    "vmap": jax.vmap(lambda x, w: x @ w, in_axes=(0, None)),
+    "custom_vjp": product_vjp,
+    "custom_vjp in jit": jax.jit(product_vjp),
+    "custom_vjp in scan": lambda x, w: lax.scan(lambda c, _: (jnp.tanh(product_vjp(c, w)), None), x, None, length=3)[0],
+    "custom_jvp": product_jvp,
+    "custom_jvp in remat": jax.checkpoint(product_jvp),
+}
+LEAVES = {"int8": lambda: quantized((8, 8)), "int4 asymmetric": lambda: quantized((8, 8), bits=4, asymmetric=True), "sparse": lambda: sparse((8, 8))}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_gradient(name, leaf, rng):
+    model, w, x = MODELS[name], LEAVES[leaf](), jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    trained = "values" if leaf == "sparse" else "scale"
+    with watch() as hits:
+        out = jax.jit(compressed(model, strict=True))(x, w)
+    assert any(primitive == "dot_general" for _, primitive, _ in hits)
+    np.testing.assert_allclose(out, model(x, dense(w)), rtol=1e-5, atol=1e-5)
+
+    def loss(run, weight):
+        return lambda x, part: jnp.sum(jnp.sin(run(x, weight(dataclasses.replace(w, **{trained: part})))))
+
+    got = jax.jit(jax.grad(loss(compressed(model), lambda w: w), argnums=(0, 1)))(x, getattr(w, trained))
+    expected = jax.jit(jax.grad(loss(model, dense), argnums=(0, 1)))(x, getattr(w, trained))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_while_loop(leaf, rng):
+    w, x = LEAVES[leaf](), jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    np.testing.assert_allclose(jax.jit(compressed(in_while, strict=True))(x, w), in_while(x, dense(w)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        quantized((3, 8, 8), axes=(0 - 3, -1)),
+        quantized((3, 8, 8), axes=(-3, -1), bits=4, asymmetric=True),
+        quantized((3, 8, 8), axes=(-3, -1), group=(-2, 4)),
+        sparse((3, 8, 8), stacked=1),
+    ],
+    ids=["int8", "int4", "groups", "sparse"],
+)
+def test_stacked_layers(w, rng):
+    """Leaves stacked for `scan` carry their leading axis in every child."""
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    with watch() as hits:
+        out = jax.jit(compressed(in_stacked_scan, strict=True))(x, w)
+    assert hits[(type(w).__name__, "dot_general", "rule")] == 1
+    np.testing.assert_allclose(out, in_stacked_scan(x, dense(w)), rtol=1e-5, atol=1e-5)
+    each = jax.vmap(compressed(lambda w, x: x @ w, strict=True), in_axes=(0, None))(w, x)
+    np.testing.assert_allclose(each, x @ dense(w), rtol=1e-4, atol=1e-4)
+
+
+def test_custom_vjp_without_compressed_arguments(rng):
+    """A model may mix both: its custom derivative on activations, compressed weights elsewhere."""
+    w, x = quantized((8, 8)), jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+
+    def model(x, w):
+        return product_vjp(x @ w, jnp.eye(8))
+
+    np.testing.assert_allclose(compressed(model, strict=True)(x, w), x @ dense(w), rtol=1e-5, atol=1e-4)
+    got = jax.grad(lambda x: compressed(model)(x, w).sum())(x)
+    np.testing.assert_allclose(got, jax.grad(lambda x: model(x, dense(w)).sum())(x), rtol=1e-5, atol=1e-4)
+
+
+def test_a_custom_derivative_of_the_weight_itself(rng):
+    """The softplus of a compressed weight has no rule: dense, with the right gradient."""
+    w = quantized((8, 8))
+
+    def loss(weight, scale):
+        return jnp.sum(jnp.sin(jax.nn.silu(weight(dataclasses.replace(w, scale=scale)))))
+
+    got = jax.grad(lambda s: compressed(lambda w: jnp.sum(jnp.sin(jax.nn.silu(w))))(dataclasses.replace(w, scale=s)))(w.scale)
+    np.testing.assert_allclose(got, jax.grad(lambda s: loss(dense, s))(w.scale), rtol=1e-4, atol=1e-4)
