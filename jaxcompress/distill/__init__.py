@@ -12,7 +12,9 @@ Values and gradients are finite on every finite input: zeros, duplicates, a batc
 What can be learned from a teacher, and where it is: its outputs (`_softmax`, `_logits`, `_topk`), without a teacher
 (`_teacher_free`); its features (`_hints`, `_attention_maps`, `_grams`, `_boundaries`), after a learned `Projector`
 where the shapes differ; relations between examples (`_relations`, `_contrastive`); a transformer's layers
-(`_transformers`), a detector's heads (`_detection`), sequences (`_sequences`).
+(`_transformers`), a detector's heads (`_detection`), sequences (`_sequences`). How it is taught: several teachers and
+peers (`_ensembles`), targets stored beforehand (`_stored_targets`), weights and temperatures by the step
+(`_schedules`), chains of students and made-up data (`_regimes`).
 """
 
 from jaxcompress.distill._attention_maps import attention_map, attention_transfer_loss
@@ -47,6 +49,7 @@ from jaxcompress.distill._logits import (
     standardized_soft_target_loss,
 )
 from jaxcompress.distill._projectors import Projector, conv_projector, dense_projector, variational_projector
+from jaxcompress.distill._regimes import munge, refined_labels, teaching_chain
 from jaxcompress.distill._relations import (
     angle_relation_loss,
     consecutive_correlation_loss,
@@ -58,6 +61,14 @@ from jaxcompress.distill._relations import (
     similarity_preserving_loss,
 )
 from jaxcompress.distill._safe import adaptive_pool, pool_to_smaller
+from jaxcompress.distill._schedules import (
+    StageWeights,
+    annealed_temperature,
+    early_stopped,
+    hints_first,
+    moving_average,
+    warmed_up,
+)
 from jaxcompress.distill._sequences import (
     Sequences,
     mix_sequences,
@@ -74,6 +85,14 @@ from jaxcompress.distill._softmax import (
     temperature_log_softmax,
     temperature_softmax,
     weighted_distillation_loss,
+)
+from jaxcompress.distill._stored_targets import (
+    SampledTargets,
+    TopKTargets,
+    sampled_target_loss,
+    sampled_targets,
+    top_k_target_loss,
+    top_k_targets,
 )
 from jaxcompress.distill._teacher_free import (
     class_similarity_teacher,
@@ -102,10 +121,14 @@ __all__ = [
     "LayerOutputs",
     "Phase",
     "Projector",
+    "SampledTargets",
     "Sequences",
+    "StageWeights",
+    "TopKTargets",
     "activation_boundary_loss",
     "adaptive_pool",
     "angle_relation_loss",
+    "annealed_temperature",
     "attention_map",
     "attention_matrix_loss",
     "attention_transfer_loss",
@@ -128,6 +151,7 @@ __all__ = [
     "dist_loss",
     "distance_relation_loss",
     "distillation_loss",
+    "early_stopped",
     "ensemble_targets",
     "expected_margin",
     "factor_transfer_loss",
@@ -137,6 +161,7 @@ __all__ = [
     "hard_label_loss",
     "hidden_state_loss",
     "hint_loss",
+    "hints_first",
     "in_batch_contrastive_loss",
     "inter_channel_loss",
     "intermediate_loss",
@@ -146,18 +171,23 @@ __all__ = [
     "margin_relu_loss",
     "masked_mean",
     "mix_sequences",
+    "moving_average",
     "multi_level_loss",
+    "munge",
     "mutual_learning_loss",
     "neuron_selectivity_loss",
     "on_policy_loss",
     "phase_loss",
     "pool_to_smaller",
     "probabilistic_transfer_loss",
+    "refined_labels",
     "relational_loss",
     "reverse_kl_loss",
     "review_loss",
     "reweighting_teacher",
     "sample_sequences",
+    "sampled_target_loss",
+    "sampled_targets",
     "sequence_level_loss",
     "several_teachers_loss",
     "similarity_preserving_loss",
@@ -168,12 +198,16 @@ __all__ = [
     "standardized_soft_target_loss",
     "teacher_bounded_loss",
     "teacher_free_loss",
+    "teaching_chain",
     "temperature_log_softmax",
     "temperature_softmax",
     "top_k_loss",
+    "top_k_target_loss",
+    "top_k_targets",
     "uniform_layer_map",
     "variational_information_loss",
     "variational_projector",
     "virtual_teacher",
+    "warmed_up",
     "weighted_distillation_loss",
 ]

@@ -76,6 +76,10 @@ LOSSES = {
     "top_k_loss renormalised": (lambda s, t: distill.top_k_loss(s, t, 2, tail=False, support="student"), ROWS, SOFT),
     "top_k_loss reverse": (lambda s, t: distill.top_k_loss(s, t, 0.5, beta=1.0), ROWS, SOFT),
     "top_k_loss of all": (lambda s, t: distill.top_k_loss(s, t, 4, beta=0.5), ROWS, SOFT),
+    "top_k_target_loss": (lambda s, t: distill.top_k_target_loss(s, distill.top_k_targets(t, 2)), ROWS, SOFT),
+    "sampled_target_loss": (
+        lambda s, t: distill.sampled_target_loss(s, distill.sampled_targets(jax.random.key(0), t, 3)), ROWS, SOFT
+    ),
     "several_teachers_loss": (lambda s, t: distill.several_teachers_loss(s, jnp.stack([t, -t])), ROWS, SOFT),
     "mutual_learning_loss": (lambda s, t: distill.mutual_learning_loss([s, t, s + 1], labels(s)), ROWS, SOFT),
     "class_weighted_soft_loss": (lambda s, t: distill.class_weighted_soft_loss(s, t, jnp.arange(4.0)), ROWS, SOFT),
@@ -217,7 +221,15 @@ def test_padded_examples_count_nothing(name, rng):
     function = getattr(distill, name)
     if "where" not in inspect.signature(function).parameters:
         pytest.skip("a relation of the batch, or it has its own mask")
-    if name in ("flow_loss", "mutual_learning_loss", "hidden_state_loss", "attention_matrix_loss", "intermediate_loss"):
+    if name in (
+        "flow_loss",
+        "mutual_learning_loss",
+        "hidden_state_loss",
+        "attention_matrix_loss",
+        "intermediate_loss",
+        "top_k_target_loss",
+        "sampled_target_loss",
+    ):
         pytest.skip("tested on its own")
     _, shape, _ = LOSSES[name]
     student, teacher = rng.normal(size=(2, 3, *shape)).astype("float32")
