@@ -75,7 +75,7 @@ def shard(tree: Any, mesh: Mesh, rules: Rules[PartitionSpec] = ()) -> Any:
     With several processes, each must hand in the same values. To make a state that fits on no single device, do not
     make it first: `jax.jit(create, out_shardings=shardings(jax.eval_shape(create), mesh, rules))()`.
     """
-    return jax.device_put(tree, shardings(tree, mesh, rules))
+    return jax.tree.map(_put, tree, shardings(tree, mesh, rules))
 
 
 def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...] = "data") -> Any:
@@ -113,6 +113,13 @@ def on_mesh(x: Any, mesh: Mesh) -> bool:
     """Whether `x` already has its place on `mesh`."""
     sharding = getattr(x, "sharding", None)
     return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+        data = jax.device_put(jax.random.key_data(x), sharding)  # device_put sends no key to another process
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(x, sharding)
 
 
 class _Part(NamedTuple):
