@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from optax._src import base  # its message for a missing `params`, as every transformation raises it
 
 from jaxcompress import paths
 from jaxcompress.prune._masks import SparsifyState, check_finite
 from jaxcompress.prune._patterns import Pattern, Unstructured
-from jaxcompress.prune._ranking import lowest
+from jaxcompress.prune._ranking import Ranking, lowest
 from jaxcompress.prune._schedules import Schedule
 from jaxcompress.prune._scores import Score, magnitude
 
@@ -61,12 +59,11 @@ def sparsify(
     """
 
     def init_fn(params: Any) -> SparsifyState:
+        leaves, treedef = _flatten(params)
         plan = _plan(rules, params, schedule, allow_empty)
-        check_finite({layer.name: x for layer, x in zip(plan, jax.tree.leaves(params), strict=True) if layer.pattern})
-        masks = [
-            _ones_like(x) if layer.pattern else None for layer, x in zip(plan, jax.tree.leaves(params), strict=True)
-        ]
-        return SparsifyState(jnp.zeros((), jnp.int32), jax.tree.unflatten(jax.tree.structure(params), masks))
+        check_finite({layer.name: x for layer, x in zip(plan, leaves, strict=True) if layer})
+        masks = [_ones_like(x) if layer else None for layer, x in zip(plan, leaves, strict=True)]
+        return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(masks))
 
     def update_fn(
         updates: Any, state: SparsifyState, params: Any = None, **extra_args: Any
@@ -74,47 +71,46 @@ def sparsify(
         del extra_args
         if params is None:
             raise ValueError(base.NO_PARAMS_MSG)
-        plan = _plan(rules, params, schedule, allow_empty)
-        masks = _masks_like(params, state.masks, plan)
-        chosen = [i for i, layer in enumerate(plan) if layer.pattern]
         leaves, treedef = _flatten(params)
-        grads = treedef.flatten_up_to(updates)
+        plan = _plan(rules, params, schedule, allow_empty)
+        masks, new_updates = _masks_like(params, state.masks, plan), treedef.flatten_up_to(updates)
+        chosen = {i: layer for i, layer in enumerate(plan) if layer is not None}
         fresh = _scheduled_masks(
             state.step,
             [masks[i] for i in chosen],
             [leaves[i] for i in chosen],
-            layers=tuple(plan[i] for i in chosen),
+            layers=tuple(chosen.values()),
             schedule=schedule,
             score=score,
         )
         for i, mask in zip(chosen, fresh, strict=True):
             masks[i] = mask
-            grads[i] = jnp.where(mask, grads[i].astype(leaves[i].dtype), -leaves[i])
+            new_updates[i] = jnp.where(mask, new_updates[i].astype(leaves[i].dtype), -leaves[i])
         new_state = SparsifyState(optax.safe_increment(state.step), treedef.unflatten(masks))
-        return treedef.unflatten(grads), new_state
+        return treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 class _Layer(NamedTuple):
-    """One leaf of the parameters, and what is asked of it."""
+    """A parameter that a rule chose, and what is asked of it."""
 
     name: str
-    pattern: Pattern | None
+    pattern: Pattern
     start: int  # units pruned at progress 0
     end: int  # units pruned at progress 1
 
 
-def _plan(rules: paths.Rules[Any], params: Any, schedule: Schedule, allow_empty: bool) -> list[_Layer]:
+def _plan(rules: paths.Rules[Any], params: Any, schedule: Schedule, allow_empty: bool) -> list[_Layer | None]:
     """What happens to each leaf of `params`, in tree order; raises ValueError where a rule does not fit."""
     named = paths.named_leaves(params)
     values = paths.match(rules, [name for name, _ in named], None)
     return [_layer(name, x, value, schedule, allow_empty) for (name, x), value in zip(named, values, strict=True)]
 
 
-def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool) -> _Layer:
+def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool) -> _Layer | None:
     if value is None:
-        return _Layer(name, None, 0, 0)
+        return None
     pattern = Unstructured(value) if isinstance(value, int | float) else value
     if not isinstance(pattern, Pattern):
         raise ValueError(f"the rule for {name!r} gives {value!r}: want a pattern, a sparsity in [0, 1), or None")
@@ -141,29 +137,27 @@ def _flatten(tree: Any) -> tuple[list[jax.Array], Any]:
     return leaves, treedef
 
 
-def _ones_like(x: Any) -> jax.Array:
-    """True everywhere, sharded like `x`, also where `x` is a tracer and its sharding not known yet."""
-    ones = jnp.ones_like(x, dtype=bool)
-    return shard_alike(ones, x)[0] if isinstance(x, Tracer) else ones
+def _ones_like(x: jax.Array) -> jax.Array:
+    """True everywhere, made of `x` so that it is sharded like `x`, also under jit, where no sharding is known yet."""
+    return ~(jnp.isnan(x) & jnp.isinf(x))
 
 
-def _masks_like(params: Any, masks: Any, plan: Sequence[_Layer]) -> list[Any]:
+def _masks_like(params: Any, masks: Any, plan: Sequence[_Layer | None]) -> list[Any]:
     """The masks in the order of `plan`; raises ValueError if they are not of these parameters."""
-    leaves, treedef = _flatten(params)
     try:
-        flat = treedef.flatten_up_to(masks)
+        flat = _flatten(params)[1].flatten_up_to(masks)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the pruning state is of other parameters: its masks are for {[n for n, _ in paths.named_leaves(masks)]}, "
-            f"the rules choose {[layer.name for layer in plan if layer.pattern]}; init the optimizer anew, or restore "
+            f"the rules choose {[layer.name for layer in plan if layer]}; init the optimizer anew, or restore "
             f"the state of this model"
         ) from error
-    for layer, x, mask in zip(plan, leaves, flat, strict=True):
-        want = x.shape if layer.pattern else None
+    for (name, x), layer, mask in zip(paths.named_leaves(params), plan, flat, strict=True):
+        want = x.shape if layer else None
         have = None if mask is None else mask.shape
         if want != have:
             raise ValueError(
-                f"the pruning state is of other parameters or rules: the mask of {layer.name!r} has shape {have}, "
+                f"the pruning state is of other parameters or rules: the mask of {name!r} has shape {have}, "
                 f"want {want}; init the optimizer anew, or restore the state of this model"
             )
     return flat
@@ -181,17 +175,34 @@ def _scheduled_masks(
     """The masks after step `step`: new ones if the schedule says so, else the old ones at no cost."""
 
     def renew() -> list[jax.Array]:
-        progress = schedule.progress(step)
-        return [_mask(score(x), layer, progress) for layer, x in zip(layers, weights, strict=True)]
+        progress, fresh = schedule.progress(step), list(masks)
+        for batch in _batches([x.size for x in weights]):
+            rankings = [_ranking(layers[i], score(weights[i]), progress) for i in batch]
+            for i, (pruned,) in zip(batch, lowest(rankings), strict=True):
+                fresh[i] = layers[i].pattern.keep(pruned, weights[i].shape)
+        return fresh
 
-    return lax.cond(schedule.due(step), renew, lambda: masks)
+    return lax.cond(schedule.due(step), renew, lambda: masks) if layers else []
 
 
-def _mask(scores: jax.Array, layer: _Layer, progress: jax.Array) -> jax.Array:
-    pattern = layer.pattern
-    assert pattern is not None
-    pruned = lowest([pattern.keys(scores)], layer.start + scaled(layer.end - layer.start, progress), pattern.stack)[0]
-    return pattern.keep(pruned, scores.shape)
+def _ranking(layer: _Layer, scores: jax.Array, progress: jax.Array) -> Ranking:
+    k = layer.start + scaled(layer.end - layer.start, progress)
+    return Ranking([layer.pattern.keys(scores)], k, layer.pattern.stack)
+
+
+def _batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Indices in batches, each no larger together than the largest alone: what is searched, and held, at a time."""
+    batches: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = next((b for b, room in enumerate(left) if room >= sizes[i]), None)
+        if fits is None:
+            batches.append([i])
+            left.append(max(sizes) - sizes[i])
+        else:
+            batches[fits].append(i)
+            left[fits] -= sizes[i]
+    return batches
 
 
 def scaled(number: int, share: jax.Array) -> jax.Array:

@@ -66,7 +66,7 @@ def test_sparsity_counts_zeros() -> None:
 
 
 def test_no_pruning_state() -> None:
-    with pytest.raises(ValueError, match="no pruning state in this tuple: .* prune.sparsify"):
+    with pytest.raises(ValueError, match=r"no pruning state in this tuple: .* prune\.sparsify"):
         prune.apply_masks(PARAMS, optax.adam(1e-2).init(PARAMS))
 
 
@@ -88,7 +88,7 @@ def test_two_states_for_one_parameter() -> None:
 
 
 def test_check_finite_names_the_leaf() -> None:
-    with pytest.raises(ValueError, match="not finite .* 'b/c'"):
+    with pytest.raises(ValueError, match=r"not finite .* 'b/c'"):
         prune.check_finite({"a": jnp.ones(2), "b": {"c": jnp.array([0, jnp.inf])}, "d": jnp.arange(3)})
     prune.check_finite(PARAMS)
 

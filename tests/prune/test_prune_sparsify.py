@@ -39,7 +39,7 @@ def expected(step: int, final: float = FINAL) -> float:
 
 
 def assert_sparsity(tree: dict, state, name: str, want: float) -> None:
-    """Exactly the pruned weights are zero (no gradient in these tests lands on zero by chance), and their number is right."""
+    """The pruned weights are zero, their number is right, and (but for chance hits in bfloat16) no others are zero."""
     x, mask = np.asarray(dict(paths.named_leaves(tree))[name], np.float32), np.asarray(prune.masks(state)[name])
     assert abs((~mask).sum() - want * x.size) <= 1, (name, (~mask).mean(), want)
     np.testing.assert_array_equal(x[~mask], 0)
@@ -172,7 +172,13 @@ def test_one_rule_serves_linen_with_boxes_and_stacked_layers() -> None:
         def __call__(self, x, _):
             return x + nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "model")))(x), None
 
-    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    stack = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={nn.PARTITION_NAME: None},
+    )()
     variables = stack.init(jax.random.key(0), jnp.ones((2, 8)), None)
     tx = prune.sparsify({"Dense_0/kernel$": prune.Unstructured(0.75, stack=1)}, prune.one_shot())
     updates, state = tx.update(jax.tree.map(jnp.ones_like, variables), tx.init(variables), variables)
