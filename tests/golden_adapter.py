@@ -197,12 +197,20 @@ def topk_kd(x: Inputs, params: Params) -> jax.Array:
 
 def jsd_liger_fused(x: Inputs, params: Params) -> jax.Array:
     temperature = params.get("T", 1.0)
-    where = x["labels"] != params.get("ignore_index", IGNORED)
-    student = x["student_input"] @ x["student_weight"].T
-    teacher = x["teacher_input"] @ x["teacher_weight"].T
-    hard = distill.hard_label_loss(student, x["labels"], where=where)
-    soft = distill.jensen_shannon_loss(student, teacher, params["beta"], temperature, where=where) / temperature**2
-    return distill.masked_mean(params["weight_hard"] * hard + params["weight_soft"] * soft, where)
+    hard, soft = params["weight_hard"], params["weight_soft"] / temperature**2
+    total = distill.fused_distillation_loss(
+        x["student_input"],
+        x["student_weight"].T,
+        x["teacher_input"],
+        x["teacher_weight"].T,
+        x["labels"],
+        alpha=soft / (hard + soft),
+        beta=params["beta"],
+        temperature=temperature,
+        where=x["labels"] != params.get("ignore_index", IGNORED),
+        chunk=params.get("chunk_size", 16),
+    )
+    return (hard + soft) * total
 
 
 def fitnet_hint(x: Inputs, params: Params) -> jax.Array:

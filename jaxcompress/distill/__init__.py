@@ -14,7 +14,7 @@ What can be learned from a teacher, and where it is: its outputs (`_softmax`, `_
 where the shapes differ; relations between examples (`_relations`, `_contrastive`); a transformer's layers
 (`_transformers`), a detector's heads (`_detection`), sequences (`_sequences`). How it is taught: several teachers and
 peers (`_ensembles`), targets stored beforehand (`_stored_targets`), weights and temperatures by the step
-(`_schedules`), chains of students and made-up data (`_regimes`).
+(`_schedules`), chains of students and made-up data (`_regimes`), vocabularies too large for all logits (`_fused`).
 """
 
 from jaxcompress.distill._attention_maps import attention_map, attention_transfer_loss
@@ -34,6 +34,7 @@ from jaxcompress.distill._detection import (
     teacher_bounded_loss,
 )
 from jaxcompress.distill._ensembles import ensemble_targets, mutual_learning_loss, several_teachers_loss
+from jaxcompress.distill._fused import fused_distillation_loss
 from jaxcompress.distill._grams import flow_loss, flow_matrix, inter_channel_loss, neuron_selectivity_loss
 from jaxcompress.distill._hints import factor_transfer_loss, hint_loss, review_loss, variational_information_loss
 from jaxcompress.distill._inputs import masked_mean
@@ -157,6 +158,7 @@ __all__ = [
     "factor_transfer_loss",
     "flow_loss",
     "flow_matrix",
+    "fused_distillation_loss",
     "gradient_rescaling_factor",
     "hard_label_loss",
     "hidden_state_loss",

@@ -51,6 +51,7 @@ def through_convolution(s, t):
     return distill.hint_loss(HINT.apply(params, s), t)
 
 
+EYE = jnp.eye(4)
 HINT = distill.conv_projector((4, 4, 2), (4, 4, 2), batch_norm=True)
 VID = distill.variational_projector(2, 2)
 ROWS, MAPS, TOKENS = (4,), (4, 4, 2), (3, 4)
@@ -79,6 +80,10 @@ LOSSES = {
     "top_k_target_loss": (lambda s, t: distill.top_k_target_loss(s, distill.top_k_targets(t, 2)), ROWS, SOFT),
     "sampled_target_loss": (
         lambda s, t: distill.sampled_target_loss(s, distill.sampled_targets(jax.random.key(0), t, 3)), ROWS, SOFT
+    ),
+    "fused_distillation_loss": (
+        lambda s, t: distill.fused_distillation_loss(s, EYE, t, EYE, labels(s), alpha=0.5, beta=0.5, chunk=2),
+        ROWS, SOFT,
     ),
     "several_teachers_loss": (lambda s, t: distill.several_teachers_loss(s, jnp.stack([t, -t])), ROWS, SOFT),
     "mutual_learning_loss": (lambda s, t: distill.mutual_learning_loss([s, t, s + 1], labels(s)), ROWS, SOFT),
@@ -171,7 +176,9 @@ def inputs(batch, shape, limit):
 OF_A_BATCH = [  # the others see each example alone, as tested below, so that three rows stand for one
     name
     for name in LOSSES
-    if "where" not in inspect.signature(getattr(distill, name.split()[0])).parameters or "in_batch" in name
+    if "where" not in inspect.signature(getattr(distill, name.split()[0])).parameters
+    or "in_batch" in name
+    or "fused" in name
 ]
 
 
@@ -229,6 +236,7 @@ def test_padded_examples_count_nothing(name, rng):
         "intermediate_loss",
         "top_k_target_loss",
         "sampled_target_loss",
+        "fused_distillation_loss",
     ):
         pytest.skip("tested on its own")
     _, shape, _ = LOSSES[name]
