@@ -10,10 +10,10 @@ Values and gradients are finite on every finite input: zeros, duplicates, a batc
     loss = losses.mean()
 
 What can be learned from a teacher, and where it is: its outputs (`_softmax`, `_logits`, `_topk`), without a teacher
-(`_teacher_free`); its features (`_hints`, `_attention_maps`, `_grams`, `_boundaries`), after a learned `Projector`
-where the shapes differ; relations between examples (`_relations`, `_contrastive`); a transformer's layers
-(`_transformers`), a detector's heads (`_detection`), sequences (`_sequences`). How it is taught: several teachers and
-peers (`_ensembles`), targets stored beforehand (`_stored_targets`), weights and temperatures by the step
+(`_teacher_free`); its features (`_hints`, `_attention_maps`, `_grams`, `_boundaries`, `_factors`, `_review`), after a
+learned `Projector` where the shapes differ; relations between examples (`_relations`, `_contrastive`); a transformer's
+layers (`_transformers`), a detector's heads (`_detection`), sequences (`_sequences`). How it is taught: several
+teachers and peers (`_ensembles`), targets stored beforehand (`_stored_targets`), weights and temperatures by the step
 (`_schedules`), chains of students and made-up data (`_regimes`), vocabularies too large for all logits (`_fused`).
 """
 
@@ -34,9 +34,10 @@ from jaxcompress.distill._detection import (
     teacher_bounded_loss,
 )
 from jaxcompress.distill._ensembles import ensemble_targets, mutual_learning_loss, several_teachers_loss
+from jaxcompress.distill._factors import Paraphraser, factor_transfer_loss, paraphraser, translator
 from jaxcompress.distill._fused import fused_distillation_loss
 from jaxcompress.distill._grams import flow_loss, flow_matrix, inter_channel_loss, neuron_selectivity_loss
-from jaxcompress.distill._hints import factor_transfer_loss, hint_loss, review_loss, variational_information_loss
+from jaxcompress.distill._hints import hint_loss, variational_information_loss
 from jaxcompress.distill._inputs import masked_mean
 from jaxcompress.distill._logits import (
     batch_correlation_loss,
@@ -61,6 +62,7 @@ from jaxcompress.distill._relations import (
     relational_loss,
     similarity_preserving_loss,
 )
+from jaxcompress.distill._review import review_fusion, review_loss
 from jaxcompress.distill._safe import adaptive_pool, pool_to_smaller
 from jaxcompress.distill._schedules import (
     StageWeights,
@@ -120,6 +122,7 @@ __all__ = [
     "TINYBERT_PHASES",
     "ContrastMemory",
     "LayerOutputs",
+    "Paraphraser",
     "Phase",
     "Projector",
     "SampledTargets",
@@ -179,12 +182,14 @@ __all__ = [
     "mutual_learning_loss",
     "neuron_selectivity_loss",
     "on_policy_loss",
+    "paraphraser",
     "phase_loss",
     "pool_to_smaller",
     "probabilistic_transfer_loss",
     "refined_labels",
     "relational_loss",
     "reverse_kl_loss",
+    "review_fusion",
     "review_loss",
     "reweighting_teacher",
     "sample_sequences",
@@ -206,6 +211,7 @@ __all__ = [
     "top_k_loss",
     "top_k_target_loss",
     "top_k_targets",
+    "translator",
     "uniform_layer_map",
     "variational_information_loss",
     "variational_projector",

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxcompress import distill
@@ -105,6 +106,49 @@ def test_review_pools_are_blind_to_local_shuffles_in_part(maps):
     local = distill.review_loss(checker.astype("float32"), np.zeros_like(uniform))  # pools see nothing
     np.testing.assert_allclose(spread, 1.0)
     np.testing.assert_allclose(local, 1 / (1 + 0.5 + 0.25), rtol=1e-6)
+
+
+def descend(loss, params, steps):
+    optimizer = optax.adam(1e-2)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=steps))(params)
+    return params
+
+
+def test_review_fusion_has_the_teachers_shapes_and_early_stages_hear_of_deep_ones(rng):
+    student, teacher = [(8, 8, 3), (4, 4, 5), (2, 2, 6)], [(8, 8, 4), (4, 4, 8), (1, 1, 8)]
+    fusion = distill.review_fusion(student, teacher, channels=7)
+    params = fusion.init(jax.random.key(0))
+    maps = [rng.normal(size=(2, *shape)).astype("float32") for shape in student]
+    fused = fusion.apply(params, maps)
+    assert [x.shape for x in fused] == [(2, *shape) for shape in teacher]
+
+    def of_stage(i, j):
+        of_map = lambda m: fusion.apply(params, [*maps[:j], m, *maps[j + 1 :]])[i].sum()  # noqa: E731
+        return np.any(jax.grad(of_map)(maps[j]))
+
+    reach = [[of_stage(i, j) for j in range(3)] for i in range(3)]
+    np.testing.assert_array_equal(reach, np.triu(np.ones((3, 3), bool)))  # stage i learns from stages j >= i
+
+
+def test_paraphraser_learns_to_reconstruct_and_translator_to_match(rng):
+    teacher = rng.normal(size=(8, 4, 4, 1)).astype("float32") * np.ones(4, "float32")  # one factor in four channels
+    student = np.concatenate([teacher[..., :1], rng.normal(size=(8, 4, 4, 1))], -1).astype("float32")
+    coder, translate = distill.paraphraser(4, 2), distill.translator(2, 2)
+    params = coder.init(jax.random.key(0))
+    reconstruction = lambda p: distill.hint_loss(coder.decode(p, coder.encode(p, teacher)), teacher).mean()  # noqa: E731
+    trained = descend(reconstruction, params, 300)
+    assert reconstruction(trained) < 0.3 * reconstruction(params)
+    factors = coder.encode(trained, teacher)
+    assert factors.shape == (8, 4, 4, 2)
+    ours = translate.init(jax.random.key(1))
+    transfer = lambda p: distill.factor_transfer_loss(translate.apply(p, student), factors).mean()  # noqa: E731
+    assert transfer(descend(transfer, ours, 200)) < 0.5 * transfer(ours)
 
 
 def test_activation_boundary_teaches_sides_only():
@@ -247,6 +291,7 @@ def test_flow_loss_padding_and_sizes(maps):
 def test_bad_input(maps, rows):
     cut = maps[1][:, :3]
     wrong = [
+        (lambda: distill.review_fusion([(2, 2, 1)], []), "same stages"),
         (lambda: distill.hint_loss(maps[0], cut), "one shape"),
         (lambda: distill.hint_loss(maps[0], maps[1][:2]), "one batch"),
         (lambda: distill.attention_transfer_loss(rows[0], rows[1]), r"\[batch, height, width, channels\]"),
