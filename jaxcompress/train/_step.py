@@ -1,3 +1,4 @@
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -33,7 +34,11 @@ next step's extras (`context.extras` itself where nothing changes)."""
 
 
 def make_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, batch_axis: str | tuple[str, ...] = "data"
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    batch_axis: str | tuple[str, ...] = "data",
+    grad_norm: bool = False,
 ) -> "Step":
     """One training step, jitted, for a student and whatever teaches it, wherever the state lies.
 
@@ -60,21 +65,28 @@ def make_step(
       loss_fn: see `LossFn`.
       tx: the optimizer with which the state was created.
       batch_axis: the mesh axis (or axes) along which the batch's rows lie.
+      grad_norm: report the gradient's global L2 norm, in float32. It costs one more reading of the gradient.
     """
-    return Step(loss_fn, tx, batch_axis)
+    return Step(loss_fn, tx, batch_axis, grad_norm)
 
 
 class Step:
     """A jitted step, as `make_step` makes it: `step(state, batch, frozen=None) -> (state, metrics)`.
 
-    `metrics` has what the loss returned, and `loss` and `grad_norm` (the gradient's global L2 norm), all float scalars
-    on every device.
+    `metrics` has the scalars that the loss returned, `loss`, and, if asked for, `grad_norm`: each on every device.
     """
 
-    def __init__(self, loss_fn: LossFn, tx: optax.GradientTransformation, batch_axis: str | tuple[str, ...]):
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        batch_axis: str | tuple[str, ...] = "data",
+        grad_norm: bool = False,
+    ):
         self._loss_fn = loss_fn
         self._tx = optax.with_extra_args_support(tx)
         self._batch_axis = batch_axis
+        self._grad_norm = grad_norm
         self._jitted: dict[Any, tuple[Any, Mesh | None]] = {}
         self._current: tuple[Any, Mesh | None] | None = None
         self._last_state: Callable[[], TrainState | None] = lambda: None
@@ -115,17 +127,17 @@ class Step:
 
     def _update(self, mesh: Mesh | None) -> Callable[..., Any]:
         def step(state: TrainState, batch: Any, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-            if mesh is None:
-                return _take(self._loss_fn, self._tx, state, batch, frozen)
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return _take(self._loss_fn, self._tx, state, batch, frozen)
+            here = contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+            with here:
+                state, metrics, gradient = _take(self._loss_fn, self._tx, state, batch, frozen)
+            return state, {**metrics, "grad_norm": _norm(gradient)} if self._grad_norm else metrics
 
         return step
 
 
 def _take(
     loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, state: TrainState, batch: Any, frozen: Any
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, jax.Array], Any]:
     trained, fixed = split(state.params)
     context = Context(state.extras, frozen, jax.random.fold_in(state.key, state.step), state.step)
 
@@ -144,7 +156,7 @@ def _take(
         extras=_like("extras", extras, state.extras),
         key=state.key,
     )
-    return new, {"loss": loss, "grad_norm": _norm(gradient), **metrics}
+    return new, {"loss": loss, **metrics}, gradient
 
 
 def _norm(gradient: Any) -> jax.Array:

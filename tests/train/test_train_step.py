@@ -190,7 +190,9 @@ def test_grad_norm_is_the_gradients_norm_in_float32():
     def loss(params, batch, context):
         return sum(jnp.sum(x.astype(jnp.float32) ** 2) / 2 for x in jax.tree.leaves(params)), {}, context.extras
 
-    _, metrics = train.make_step(loss, tx)(state, None)
+    assert set(train.make_step(loss, tx)(state, None)[1]) == {"loss"}
+    state = train.TrainState.create(params, tx, key=jax.random.key(0))
+    _, metrics = train.make_step(loss, tx, grad_norm=True)(state, None)
     assert float(metrics["grad_norm"]) == pytest.approx(np.sqrt(9 * 1000 + 4 * 4), rel=1e-6)
 
 
