@@ -1,10 +1,11 @@
 """What quax 0.4 lacks for models that use `jax.checkpoint`, `jax.custom_vjp` and `jax.custom_jvp` inside.
 
-quax interprets a function by a private trace. Three of its answers are completed here, where compressed leaves meet:
+quax interprets a function by a private trace. Four of its answers are completed here, where compressed leaves meet:
 
 * `remat`: without a rule the weights would be made dense before the body is seen;
 * `custom_vjp`: quax's trace has no answer and raises;
-* `custom_jvp`: quax takes leaves apart, and integer children then have no tangents that it could put together again.
+* `custom_jvp`: quax takes leaves apart, and integer children then have no tangents that it could put together again;
+* `shard_map`: not seen through; the error says what to do.
 
 Both derivatives are restated as custom derivatives of a function of the leaves themselves, whose body runs under the same
 dispatch, so that rules apply inside. The trace is private: pyproject.toml pins quax 0.4, and the day quax answers by
@@ -46,6 +47,12 @@ def _custom_vjp(
         params = {"subfuns": (fun, fwd, bwd), "out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
         avals = tuple(jax.typeof(x) for x in values)
         return self.stage_value(primitive.bind_with_trace(self.parent_trace, tuple(values), avals, params))
+
+
+def _shard_map(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "compressed(fn) does not see through a shard_map inside fn: call compressed inside the function that shard_map maps"
+    )
 
 
 def _vjp_of_leaves(fun: Any, fwd: Any, bwd: Any, out_trees: Any) -> Callable[[list[Any]], list[Any]]:
@@ -139,6 +146,9 @@ def _from_children(value: Any, tangent: Any) -> Any:
     return jax.jvp(lambda children: eqx.combine(children, rest).materialise(), (trained,), (moves,))[1]
 
 
-if "process_custom_vjp_call" not in vars(_QuaxTrace):
-    _QuaxTrace.process_custom_vjp_call = _custom_vjp
-_QuaxTrace.process_custom_jvp_call = _custom_jvp
+for _name, _answer in {
+    "process_custom_vjp_call": _custom_vjp,
+    "process_custom_jvp_call": _custom_jvp,
+    "process_shard_map": _shard_map,
+}.items():
+    setattr(_QuaxTrace, _name, _answer)

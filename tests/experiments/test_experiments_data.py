@@ -47,7 +47,7 @@ def rows(images, labels):
 def test_the_digits_are_scikit_learns(digits):
     test = digits.test.read(for_model="none: a test of the loader")
     splits = [digits.train, digits.validation, test]
-    assert [len(split) for split in splits] == [1077, 360, 360]
+    assert [len(split) for split in splits] == [718, 180, 899]
     original = load_digits()
     found = rows(np.concatenate([s.images for s in splits]), np.concatenate([s.labels for s in splits]))
     assert found == rows(original.images.astype(np.uint8), original.target)
@@ -147,14 +147,14 @@ def test_a_preparation_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         prepared(digits_with(examples), tmp_path)
     assert list((tmp_path / "digits").iterdir()) == []
-    assert len(load("digits", tmp_path).train) == 1077
+    assert len(load("digits", tmp_path).train) == 718
 
 
 def test_a_killed_preparation_is_ignored(tmp_path):
     left = tmp_path / "digits" / "incomplete.ABC123_1.0.0"
     left.mkdir(parents=True)
     (left / "digits-records.array_record-00000-of-00001").write_bytes(b"half")
-    assert len(load("digits", tmp_path).train) == 1077
+    assert len(load("digits", tmp_path).train) == 718
 
 
 # --- bad folders and names

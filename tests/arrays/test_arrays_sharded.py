@@ -1,0 +1,103 @@
+"""On eight devices: the numbers of one device, and no collective that the dense model would not have."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from leaves import quantized, sparse
+
+from jaxcompress.arrays import compressed
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def place(w, spec, on):
+    """Each child under `spec`, whole along the axes that it has no elements to divide."""
+    def put(child):
+        fits = [name if child.shape[i] > 1 else None for i, name in enumerate(spec)]
+        return jax.device_put(child, NamedSharding(on, P(*fits)))
+
+    return jax.tree.map(put, w)
+
+
+def collectives(fn, *args):
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    return sorted(re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("axes", "group", "asymmetric"), [((-1,), None, False), ((-1,), None, True), ((), None, False), ((-1,), (-2, 8), False)]
+)
+@pytest.mark.parametrize(("spec", "expected"), [((None, "model"), []), (("model", None), ["all-reduce"])], ids=["columns", "rows"])
+def test_products(bits, axes, group, asymmetric, spec, expected, rng):
+    """Columns divided: nothing to tell each other. Rows divided: one sum, of the output."""
+    x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+    w = quantized((64, 64), axes=axes, bits=bits, group=group, asymmetric=asymmetric)
+    on = mesh()
+    x_on = jax.device_put(x, NamedSharding(on, P("data", spec[0])))
+    w_on = place(w, spec, on)
+    fn = compressed(lambda x, w: x @ w, strict=True)
+    np.testing.assert_allclose(jax.jit(fn)(x_on, w_on), fn(x, w), rtol=1e-4, atol=1e-4)
+    assert collectives(fn, x_on, w_on) == expected
+
+
+@pytest.mark.parametrize("w", [quantized((64, 64)), quantized((64, 64), bits=4), sparse((64, 64))], ids=["int8", "int4", "sparse"])
+def test_sharding_constraint_on_a_compressed_weight(w, rng):
+    on = mesh()
+    x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+
+    def model(x, w):
+        w = jax.lax.with_sharding_constraint(w, NamedSharding(on, P(None, "model")))
+        return x @ w
+
+    fn = compressed(model, strict=True)
+    np.testing.assert_allclose(jax.jit(fn)(x, w), x @ w.materialise(), rtol=1e-4, atol=1e-4)
+
+
+def test_replicated_sparse_weights_under_data_parallelism(rng):
+    on = mesh()
+    x, w = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32), sparse((64, 64))
+    x_on = jax.device_put(x, NamedSharding(on, P("data")))
+    w_on = jax.tree.map(lambda child: jax.device_put(child, NamedSharding(on, P())), w)
+    fn = compressed(lambda x, w: x @ w, strict=True)
+    np.testing.assert_allclose(jax.jit(fn)(x_on, w_on), x @ w.materialise(), rtol=1e-4, atol=1e-4)
+    assert collectives(fn, x_on, w_on) == []
+
+
+def test_inside_shard_map(rng):
+    """`compressed` goes inside an explicitly sharded function, not around it."""
+    on = mesh()
+    x, w = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32), quantized((64, 64))
+    fn = jax.shard_map(
+        compressed(lambda x, w: x @ w, strict=True),
+        mesh=on,
+        in_specs=(P("data"), jax.tree.map(lambda _: P(None, "model"), w)),
+        out_specs=P("data", "model"),
+        check_vma=False,
+    )
+    np.testing.assert_allclose(jax.jit(fn)(x, w), x @ w.materialise(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_inner_shard_map_says_what_to_do(rng):
+    on = mesh()
+    inner = jax.shard_map(lambda x, w: x @ w, mesh=on, in_specs=(P("data"), P(None, "model")), out_specs=P("data", "model"))
+    with pytest.raises(NotImplementedError, match="inside"):
+        compressed(inner)(jnp.ones((16, 64)), quantized((64, 64)))
+
+
+def test_explicit_axes(rng):
+    """A user's mesh with Explicit axes: products of columns keep their sharding in the type."""
+    on = mesh(AxisType.Explicit)
+    with jax.set_mesh(on):
+        x = jax.device_put(jnp.asarray(rng.normal(size=(16, 64)), jnp.float32), NamedSharding(on, P("data")))
+        w = place(quantized((64, 64)), (None, "model"), on)
+        out = jax.jit(compressed(lambda x, w: x @ w, strict=True))(x, w)
+        assert jax.typeof(out).sharding.spec == P("data", "model")
+    np.testing.assert_allclose(out, np.asarray(x) @ np.asarray(quantized((64, 64)).materialise()), rtol=1e-4, atol=1e-4)
