@@ -1,7 +1,7 @@
 """Patterns: which weights can be pruned together, and how many of them.
 
-A pattern sees a layer as units (single weights, blocks, whole filters). It gives each unit a sort key, says how many
-units the final sparsity prunes, and turns pruned units into the mask of the layer's weights.
+A pattern sees a layer as units (single weights, blocks, whole filters). It gives each unit a score, says how many units
+the final sparsity prunes, and turns pruned units into the mask of the layer's weights.
 """
 
 import math
@@ -10,9 +10,8 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-
-from jaxcompress.prune._ranking import never, sort_keys
 
 Shape = tuple[int, ...]
 
@@ -34,8 +33,8 @@ class Pattern(Protocol):
     def budget(self, shape: Shape) -> int:
         """How many of the units the final sparsity prunes."""
 
-    def keys(self, scores: jax.Array) -> jax.Array:
-        """The units' sort keys, lowest pruned first; `never` for a unit that must stay."""
+    def pool(self, scores: jax.Array) -> jax.Array:
+        """The units' scores from the weights', lowest pruned first; NaN for a unit that must stay."""
 
     def keep(self, pruned: jax.Array, shape: Shape) -> jax.Array:
         """The mask of weights of `shape`, True where a weight is kept, from the pruned units."""
@@ -72,9 +71,9 @@ class Unstructured:
         """`sparsity * size`, rounded."""
         return math.floor(self.sparsity * self.units(shape) + 0.5)
 
-    def keys(self, scores: jax.Array) -> jax.Array:
+    def pool(self, scores: jax.Array) -> jax.Array:
         """Each weight is a unit."""
-        return sort_keys(scores)
+        return scores
 
     def keep(self, pruned: jax.Array, shape: Shape) -> jax.Array:
         """Each weight is a unit."""
@@ -132,23 +131,23 @@ class NM:
         a_line = groups * (self.m - self.n) + max(0, rest - self.n)
         return a_line * (math.prod(shape) // max(1, shape[self.axis]))
 
-    def keys(self, scores: jax.Array) -> jax.Array:
-        """Keys of the `m - n` lowest of each group; `never` for the rest."""
+    def pool(self, scores: jax.Array) -> jax.Array:
+        """The scores of the `m - n` lowest of each group; NaN for the rest, which stay."""
         axis, length = self.axis % scores.ndim, scores.shape[self.axis]
-        keys = sort_keys(scores)
-        padding = [(0, -length % self.m if a == axis else 0) for a in range(keys.ndim)]
-        padded = jnp.pad(keys, padding)  # with 0, lower than the key of any score
-        groups = padded.reshape(*keys.shape[:axis], -1, self.m, *keys.shape[axis + 1 :])
-        position = lax.broadcasted_iota(
-            jnp.int32, (1,) * (axis + 1) + (self.m,) + (1,) * (keys.ndim - axis - 1), axis + 1
-        )
+        fill = -length % self.m
+        padding = [(0, fill if a == axis else 0) for a in range(scores.ndim)]
+        known = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+        padded = jnp.pad(known, padding, constant_values=-jnp.inf)
+        groups = padded.reshape(*scores.shape[:axis], -1, self.m, *scores.shape[axis + 1 :])
+        order = np.arange(length + fill).reshape(-1, self.m)
+        order = np.where(order < length, order, -1)  # filled-up places go before real ones
+        order = order.reshape(*order.shape, *[1] * (scores.ndim - axis - 1))
         rank = jnp.zeros(groups.shape, jnp.uint16)
         for j in range(self.m):  # m comparisons a weight: cheaper than a sort for the m of this pattern
             other = lax.slice_in_dim(groups, j, j + 1, axis=axis + 1)
-            first = lax.slice_in_dim(position, j, j + 1, axis=axis + 1)
-            rank += ((other < groups) | ((other == groups) & (first < position))).astype(rank.dtype)
+            rank += ((other < groups) | ((other == groups) & (order[:, j : j + 1] < order))).astype(rank.dtype)
         chosen = (rank < self.m - self.n).reshape(padded.shape)
-        return jnp.where(lax.slice_in_dim(chosen, 0, length, axis=axis), keys, never(keys.dtype))
+        return jnp.where(lax.slice_in_dim(chosen, 0, length, axis=axis), scores, jnp.nan)
 
     def keep(self, pruned: jax.Array, shape: Shape) -> jax.Array:
         """Each weight is a unit."""

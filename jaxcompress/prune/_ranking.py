@@ -1,82 +1,52 @@
-"""The k lowest scores, exactly and without sorting: a search on counts over the scores' bit patterns.
+"""The k lowest scores, exactly and without sorting: a search on counts over the bit patterns of floats.
 
 A float's bits, read as an unsigned integer after a fix of the sign, are in the float's order. So the k-th lowest score
-is found by asking, for one integer after another, how many keys lie below it: one pass over the scores and, over a
-mesh, one scalar all-reduce a question. The next integer to try is the middle of the bracket at first, and then
-interpolated between the bracket's counts, which needs about 18 passes for random weights where halving needs 27.
+is found by asking, for one bit pattern after another, how many scores lie below its value: one pass over the scores
+and, over a mesh, one scalar all-reduce a question. The next pattern to try is the middle of the bracket at first, and
+then interpolated between the bracket's counts, which needs about 18 passes for random weights where halving needs 27.
 Counts are exact integers: the answer does not depend on how the scores are laid out over devices.
 """
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 FIRST, LAST = 6, 24  # passes between which interpolation is tried: before, bit patterns are too unevenly spread
 
 
 class Ranking(NamedTuple):
-    """Keys that are ranked together, and how many of them to mark."""
+    """Scores that are ranked together, and how many of them to mark. A score that is NaN is never marked."""
 
-    keys: Sequence[jax.Array]  # unsigned integers of one dtype, any shapes; several arrays are ranked as one
-    k: jax.Array  # uint32 []; how many to mark, at most the number of keys other than `never`
+    arrays: Sequence[jax.Array]  # floating point, one dtype, any shapes; several arrays are ranked as one
+    k: jax.Array  # uint32 []; how many to mark, at most the number of scores that are not NaN
     stack: int = 0  # leading axes that index layers: each is ranked on its own, with the same `k`
-
-
-def sort_keys(scores: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of `scores`, of the same shape: uint16, uint32 or uint64.
-
-    Both zeros get one key. NaN gets the highest: a weight whose score is not a number is kept, where the training loop
-    can see it, and never silently replaced by zero. The greatest integer is left free (`never`).
-    """
-    if scores.dtype.itemsize == 1:
-        scores = scores.astype(jnp.float32)
-    uint = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[scores.dtype.itemsize]
-    bits = lax.bitcast_convert_type(jnp.where(scores == 0, jnp.zeros_like(scores), scores), uint)
-    sign = jnp.array(1 << (8 * scores.dtype.itemsize - 1), uint)
-    keys = jnp.where(bits & sign != 0, ~bits, bits | sign)
-    return jnp.where(jnp.isnan(scores), never(uint) - 1, keys)
-
-
-def never(dtype: jnp.dtype) -> jax.Array:
-    """The key of what must not be marked: above every score's."""
-    return jnp.array(jnp.iinfo(dtype).max, dtype)
+    score: Callable[[jax.Array], jax.Array] | None = None  # an entry's score: worked out in each pass, never stored
 
 
 def lowest(rankings: Sequence[Ranking]) -> list[list[jax.Array]]:
-    """Marks, in each ranking, the `k` lowest keys; of equal keys the first in row-major order, array by array.
+    """Marks, in each ranking, the `k` lowest scores; of equal ones the first in row-major order, array by array.
 
     All rankings are searched in one loop: a model of many small layers costs one small program.
 
     Returns:
-      For each ranking, bool arrays shaped like its keys, of which exactly `k` entries are True (a layer of a stack).
+      For each ranking, bool arrays shaped like its arrays, of which exactly `k` entries are True (a layer of a stack).
 
     Raises:
-      ValueError: more keys in one ranking than uint32 can count.
+      ValueError: more scores in one ranking than uint32 can count.
     """
     parts, sizes = _parts(rankings)
-    layers = [math.prod(r.keys[0].shape[: r.stack]) for r in rankings]
-    wide = jnp.uint64 if any(part.keys.dtype == jnp.uint64 for part in parts) else jnp.uint32
-
-    def a_layer(values: Sequence[jax.Array | int], dtype: jnp.dtype) -> jax.Array:
-        return jnp.concatenate([jnp.full(n, v, dtype) for v, n in zip(values, layers, strict=True)])
-
-    def counts(hits: Sequence[jax.Array]) -> jax.Array:
-        by_ranking: dict[int, jax.Array] = {}
-        for part, hit in zip(parts, hits, strict=True):
-            by_ranking[part.ranking] = by_ranking.get(part.ranking, jnp.uint32(0)) + _count(hit, part.stack)
-        return jnp.concatenate([count.reshape(-1) for count in by_ranking.values()])
-
-    k, total = a_layer([r.k for r in rankings], jnp.uint32), a_layer(sizes, jnp.uint32)
-    high = a_layer([jnp.iinfo(r.keys[0].dtype).max for r in rankings], wide)
-    value = _search(lambda at: counts([part.below(at) for part in parts]), high, total, k)
+    value, k = _kth(rankings, parts, sizes)
     index = _search(
-        lambda at: counts([part.equal(value.low) & part.before(at) for part in parts]),
-        total + 1,
+        lambda at: _counts(parts, [part.equal(value.low) & part.before(at) for part in parts]),
+        jnp.zeros_like(k),
+        _a_layer(rankings, sizes, jnp.uint32) + 1,
         value.above - value.below,
         k - value.below,
     )
@@ -86,58 +56,128 @@ def lowest(rankings: Sequence[Ranking]) -> list[list[jax.Array]]:
     return marked
 
 
+def kth_lowest(ranking: Ranking) -> jax.Array:
+    """The `k`-th lowest score of a ranking (the lowest for k = 1), exactly; [] or one a layer of the stack."""
+    parts, sizes = _parts([ranking])
+    found, _ = _kth([ranking], parts, sizes)
+    layers = ranking.arrays[0].shape[: ranking.stack]
+    # everything below `low` was counted: the greatest of it is the k-th, unless it is tied and stands at `low` itself
+    greatest = [jnp.max(part.scores(), axis=part.axes, where=part.below(found.low), initial=-jnp.inf) for part in parts]
+    tied = _value(found.low, parts[0].dtype).reshape(layers)
+    exact = (found.below == ranking.k.astype(jnp.uint32)).reshape(layers)
+    return jnp.where(exact, functools.reduce(jnp.maximum, greatest), tied)
+
+
 class _Part(NamedTuple):
     """One array of a ranking, and where in the vectors of one entry a layer its own entries are."""
 
-    keys: jax.Array
+    array: jax.Array
+    score: Callable[[jax.Array], jax.Array] | None
     ranking: int
     stack: int
     slot: int  # its first entry in a vector that has an entry for each layer of each ranking
-    offset: int  # the index of its first key in its ranking
+    offset: int  # the index of its first score in its ranking
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return tuple(range(self.stack, self.array.ndim))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        dtype = jnp.result_type(jax.eval_shape(self.score, self.array) if self.score else self.array)
+        return jnp.dtype(jnp.float32) if dtype.itemsize == 1 else dtype
+
+    def scores(self, array: jax.Array | None = None) -> jax.Array:
+        array = self.array if array is None else array
+        return (self.score(array) if self.score else array).astype(self.dtype)
 
     def below(self, at: jax.Array) -> jax.Array:
-        return self.keys < self._own(at).astype(self.keys.dtype)
+        array, at = self._afresh(at)
+        return self.scores(array) < _value(self._own(at), self.dtype)
 
     def equal(self, at: jax.Array) -> jax.Array:
-        return self.keys == self._own(at).astype(self.keys.dtype)
+        array, at = self._afresh(at)
+        return self.scores(array) == _value(self._own(at), self.dtype)
 
     def before(self, at: jax.Array) -> jax.Array:
-        """Whether a key's row-major index in the ranking is below `at`.
+        """Whether an entry's row-major index in the ranking is below `at`.
 
         Made of iotas, never of a flattened array, which would gather shards. The longest axis is left to the
-        comparison, so that no index as large as the keys is kept through the search.
+        comparison, so that no index as large as the scores is kept through the search.
         """
-        shape, axes = self.keys.shape, range(self.stack, self.keys.ndim)
-        longest = max(axes, key=lambda axis: shape[axis], default=None)
-        stride = {axis: jnp.uint32(math.prod(shape[axis + 1 :])) for axis in axes}
+        shape = self.array.shape
+        longest = max(self.axes, key=lambda axis: shape[axis], default=None)
 
         def index(axis: int) -> jax.Array:
             line = tuple(n if a == axis else 1 for a, n in enumerate(shape))
-            return lax.broadcasted_iota(jnp.uint32, line, axis) * stride[axis]
+            return lax.broadcasted_iota(jnp.uint32, line, axis) * jnp.uint32(math.prod(shape[axis + 1 :]))
 
-        rest = sum((index(axis) for axis in axes if axis != longest), jnp.uint32(self.offset))
+        rest = sum((index(axis) for axis in self.axes if axis != longest), jnp.uint32(self.offset))
         left = self._own(at) - jnp.minimum(rest, self._own(at))
         return (index(longest) if longest is not None else jnp.zeros(shape, jnp.uint32)) < left
 
     def _own(self, at: jax.Array) -> jax.Array:
-        layers = self.keys.shape[: self.stack]
+        layers = self.array.shape[: self.stack]
         own = lax.slice_in_dim(at, self.slot, self.slot + math.prod(layers))
-        return own.reshape(layers + (1,) * (self.keys.ndim - self.stack))
+        return own.reshape(layers + (1,) * len(self.axes))
+
+    def _afresh(self, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hides that the array is the same in every pass: XLA would store its scores through the whole search."""
+        return lax.optimization_barrier((self.array, at)) if self.score else (self.array, at)
 
 
 def _parts(rankings: Sequence[Ranking]) -> tuple[list[_Part], list[int]]:
-    """The arrays of all rankings, and the number of keys in (a layer of) each ranking."""
+    """The arrays of all rankings, and the number of scores in (a layer of) each ranking."""
     parts, sizes, slot = [], [], 0
     for i, r in enumerate(rankings):
         size = 0
-        for x in r.keys:
-            parts.append(_Part(x, i, r.stack, slot, size))
+        for x in r.arrays:
+            parts.append(_Part(x, r.score, i, r.stack, slot, size))
             size += math.prod(x.shape[r.stack :])
         if size > (1 << 32) - 2:
             raise ValueError(f"{size} scores ranked together: at most {(1 << 32) - 2} can be; rank layers apart")
-        slot += math.prod(r.keys[0].shape[: r.stack])
+        slot += math.prod(r.arrays[0].shape[: r.stack])
         sizes.append(size)
     return parts, sizes
+
+
+def _a_layer(rankings: Sequence[Ranking], values: Sequence[jax.Array | int], dtype: jnp.dtype) -> jax.Array:
+    """A vector of one entry for each layer of each ranking, from one value a ranking."""
+    layers = [math.prod(r.arrays[0].shape[: r.stack]) for r in rankings]
+    return jnp.concatenate([jnp.full(n, v, dtype) for v, n in zip(values, layers, strict=True)])
+
+
+def _counts(parts: Sequence[_Part], hits: Sequence[jax.Array]) -> jax.Array:
+    """How many are True, one entry for each layer of each ranking."""
+    by_ranking: dict[int, jax.Array] = {}
+    for part, hit in zip(parts, hits, strict=True):
+        by_ranking[part.ranking] = by_ranking.get(part.ranking, jnp.uint32(0)) + _count(hit, part.stack)
+    return jnp.concatenate([count.reshape(-1) for count in by_ranking.values()])
+
+
+def _kth(rankings: Sequence[Ranking], parts: Sequence[_Part], sizes: Sequence[int]) -> tuple["_Bracket", jax.Array]:
+    """Brackets of the positions below which `k` scores are; and the `k`s. One entry a layer."""
+    dtypes = {part.ranking: part.dtype for part in parts}.values()
+    wide = jnp.uint64 if any(dtype.itemsize == 8 for dtype in dtypes) else jnp.uint32
+    k = _a_layer(rankings, [r.k for r in rankings], jnp.uint32)
+    low = _a_layer(rankings, [_position(-jnp.inf, dtype) for dtype in dtypes], wide)
+    high = _a_layer(rankings, [_position(jnp.inf, dtype) + 1 for dtype in dtypes], wide)
+    total = _a_layer(rankings, sizes, jnp.uint32)
+    return _search(lambda at: _counts(parts, [part.below(at) for part in parts]), low, high, total, k), k
+
+
+def _position(value: float, dtype: jnp.dtype) -> int:
+    """The unsigned integer that stands, in their order, where `value` stands among floats of `dtype`."""
+    width = 8 * dtype.itemsize
+    bits = int.from_bytes(np.asarray(value, dtype).tobytes(), sys.byteorder)
+    return (~bits if bits >> (width - 1) else bits | 1 << (width - 1)) & ((1 << width) - 1)
+
+
+def _value(position: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The float of `dtype` at a position: the inverse of `_position`."""
+    uint = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[dtype.itemsize]
+    position, sign = position.astype(uint), jnp.array(1 << (8 * dtype.itemsize - 1), uint)
+    return lax.bitcast_convert_type(jnp.where(position & sign != 0, position ^ sign, ~position), dtype)
 
 
 class _Bracket(NamedTuple):
@@ -153,22 +193,23 @@ class _Bracket(NamedTuple):
     passes: jax.Array  # int32 []
 
 
-def _search(count: Callable[[jax.Array], jax.Array], high: jax.Array, total: jax.Array, target: jax.Array) -> _Bracket:
-    """Brackets of the positions in [0, `high`] at which `count` is `target`, or where it jumps over it.
+def _search(
+    count: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, total: jax.Array, target: jax.Array
+) -> _Bracket:
+    """Brackets of the positions in [`low`, `high`] at which `count` is `target`, or where it jumps over it.
 
     In the end `count(low) == target`, or `high - low == 1` and the target is between their counts.
 
     Args:
-      count: of positions (an entry a layer) how many keys lie below each: uint32, never decreasing, 0 at 0.
+      count: of positions (an entry a layer) how many scores lie below each: uint32, never decreasing.
+      low: unsigned; positions with a count of 0.
       high: unsigned; a position above each one sought.
       total: uint32; their counts, or a bound of them.
       target: uint32; what is sought, at most `count(high)`.
     """
     zero, never_missed = jnp.zeros_like(target), jnp.full_like(target, jnp.iinfo(jnp.uint32).max)
     no = jnp.zeros(target.shape, bool)
-    start = _Bracket(
-        jnp.zeros_like(high), high, zero, total, never_missed, zero.astype(jnp.int32), ~no, jnp.zeros((), jnp.int32)
-    )
+    start = _Bracket(low, high, zero, total, never_missed, zero.astype(jnp.int32), ~no, jnp.zeros((), jnp.int32))
 
     def found(b: _Bracket) -> jax.Array:
         return (b.below == target) | (b.high - b.low <= 1)

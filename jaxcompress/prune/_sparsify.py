@@ -177,7 +177,7 @@ def _scheduled_masks(
     def renew() -> list[jax.Array]:
         progress, fresh = schedule.progress(step), list(masks)
         for batch in _batches([x.size for x in weights]):
-            rankings = [_ranking(layers[i], score(weights[i]), progress) for i in batch]
+            rankings = [_ranking(layers[i], weights[i], score, progress) for i in batch]
             for i, (pruned,) in zip(batch, lowest(rankings), strict=True):
                 fresh[i] = layers[i].pattern.keep(pruned, weights[i].shape)
         return fresh
@@ -185,9 +185,11 @@ def _scheduled_masks(
     return lax.cond(schedule.due(step), renew, lambda: masks) if layers else []
 
 
-def _ranking(layer: _Layer, scores: jax.Array, progress: jax.Array) -> Ranking:
+def _ranking(layer: _Layer, weight: jax.Array, score: Score, progress: jax.Array) -> Ranking:
     k = layer.start + scaled(layer.end - layer.start, progress)
-    return Ranking([layer.pattern.keys(scores)], k, layer.pattern.stack)
+    if score is magnitude and isinstance(layer.pattern, Unstructured):
+        return Ranking([weight], k, layer.pattern.stack, score)  # cheaper to work out in each pass than to store
+    return Ranking([layer.pattern.pool(score(weight))], k, layer.pattern.stack)
 
 
 def _batches(sizes: Sequence[int]) -> list[list[int]]:

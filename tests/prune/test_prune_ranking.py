@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from jaxcompress.prune._ranking import Ranking, _search, lowest, sort_keys
+from jaxcompress.prune._ranking import Ranking, _kth, _parts, kth_lowest, lowest
 from jaxcompress.prune._sparsify import scaled
 
-mark = jax.jit(lambda scores, k: lowest([Ranking([sort_keys(x) for x in scores], k)])[0])
+mark = jax.jit(lambda scores, k: lowest([Ranking(scores, k)])[0])
 
 
 def oracle(scores: list[np.ndarray], k: int) -> np.ndarray:
     flat = np.concatenate([np.asarray(x).astype(np.float64).ravel() for x in scores])
     marked = np.zeros(flat.size, bool)
-    marked[np.argsort(flat, kind="stable")[:k]] = True  # NumPy, too, puts NaN last
+    order = np.argsort(flat, kind="stable")  # NumPy puts NaN last
+    marked[order[~np.isnan(flat[order])][:k]] = True
     return marked
 
 
@@ -55,7 +56,7 @@ def test_equal_scores_go_by_index(k: int) -> None:
 
 def test_stacked_layers_are_ranked_apart() -> None:
     scores = jax.random.normal(jax.random.key(0), (2, 3, 8, 16)) * jnp.arange(1, 7).reshape(2, 3, 1, 1)
-    marked = jax.jit(lambda x: lowest([Ranking([sort_keys(x)], jnp.uint32(37), stack=2)])[0][0])(scores)
+    marked = jax.jit(lambda x: lowest([Ranking([x], jnp.uint32(37), stack=2)])[0][0])(scores)
     for i in range(2):
         for j in range(3):
             np.testing.assert_array_equal(np.asarray(marked[i, j]).ravel(), oracle([scores[i, j]], 37))
@@ -64,15 +65,15 @@ def test_stacked_layers_are_ranked_apart() -> None:
 def test_rankings_side_by_side_do_not_meet() -> None:
     """Of different dtypes, sizes, numbers and stacks, in one loop."""
     a, b, c = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(50, 3), (4, 30), (7,)]))
-    b, keys = b.astype(jnp.bfloat16), sort_keys
+    b = b.astype(jnp.bfloat16)
 
     @jax.jit
     def together(a, b, c):
         return lowest(
             [
-                Ranking([keys(a)], jnp.uint32(99)),
-                Ranking([keys(b)], jnp.uint32(7), 1),
-                Ranking([keys(c)], jnp.uint32(0)),
+                Ranking([a], jnp.uint32(99)),
+                Ranking([b], jnp.uint32(7), 1),
+                Ranking([c], jnp.uint32(0)),
             ]
         )
 
@@ -84,7 +85,7 @@ def test_rankings_side_by_side_do_not_meet() -> None:
 
 def test_under_vmap() -> None:
     scores, k = jax.random.normal(jax.random.key(0), (5, 40)), jnp.array([0, 1, 20, 39, 40], jnp.uint32)
-    marked = jax.jit(jax.vmap(lambda x, n: lowest([Ranking([sort_keys(x)], n)])[0][0]))(scores, k)
+    marked = jax.jit(jax.vmap(lambda x, n: lowest([Ranking([x], n)])[0][0]))(scores, k)
     for row, x, n in zip(marked, scores, k, strict=True):
         np.testing.assert_array_equal(row, oracle([x], int(n)))
 
@@ -101,16 +102,26 @@ def test_number_of_passes_is_bounded() -> None:
     """Halving alone needs 32 passes for the value and 12 for the index; interpolation must not cost much more."""
     rng = np.random.default_rng(0)
     spiteful = np.where(rng.random(4096) < 0.9, 1.0, 2.0 ** rng.integers(-120, 120, 4096)).astype(np.float32)
-    count = jax.jit(
-        lambda keys, k: _search(lambda at: jnp.sum(keys < at)[None].astype(jnp.uint32), high, total, k).passes
-    )
-    high, total = jnp.array([2**32 - 1], jnp.uint32), jnp.array([4096], jnp.uint32)
+
+    @jax.jit
+    def passes_of(scores, k):
+        ranking = Ranking([scores], k)
+        return _kth([ranking], *_parts([ranking]))[0].passes
+
     for scores in (spiteful, rng.standard_normal(4096), rng.random(4096), rng.random(4096) ** 9, np.ones(4096)):
-        keys = sort_keys(jnp.asarray(scores, jnp.float32))
-        passes = [int(count(keys, jnp.array([k], jnp.uint32))) for k in (1, 41, 2048, 3686, 4055, 4095)]
+        passes = [int(passes_of(np.float32(scores), jnp.uint32(k))) for k in (1, 41, 2048, 3686, 4055, 4095)]
         assert max(passes) <= 56, passes
         if scores is not spiteful and scores.std() > 0:
             assert np.mean(passes) <= 27, passes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kth_lowest_is_the_value_that_sorting_finds(dtype: jnp.dtype) -> None:
+    arrays = [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate([(40, 30), (77,)])]
+    ordered = np.sort(np.concatenate([np.asarray(jnp.abs(x), np.float32).ravel() for x in arrays]))
+    find = jax.jit(lambda arrays, k: kth_lowest(Ranking(arrays, k, score=jnp.abs)))
+    for k in (1, 2, 638, 1276, 1277):
+        assert float(find(arrays, jnp.uint32(k))) == ordered[k - 1]
 
 
 @settings(max_examples=60, deadline=None)
