@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -47,50 +48,28 @@ def scalar(tx=None, start=1.0):
     return train.make_step(lambda p, batch, c: (p * batch, {"batch": batch}, c.extras), tx), state
 
 
-@pytest.fixture(scope="module", params=["one device", "data x model"])
-def arranged(request):
-    """(step, a function that makes a fresh state, the teacher)."""
-    tx = optax.MultiSteps(optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(1e-2, 20)), 2)
-    step = train.make_step(loss_fn, tx)
-    if request.param == "one device":
-        return step, lambda: create(tx), teacher_variables()
-    mesh, rules = train.make_mesh(data=4, model=2), [("Dense_0/kernel", P(None, "model"))]
-    return step, lambda: train.shard(create(tx), mesh, rules), train.shard(teacher_variables(), mesh)
-
-
-def test_a_killed_run_resumes_as_if_it_had_not_been(arranged, tmp_path):
+def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
     """Parameters, optimizer, batch statistics, dropout keys and data position; in the middle of an accumulation."""
-    step, fresh, teacher = arranged
-    straight, losses = batches(), {}
-    expected = train.fit(
-        step, fresh(), straight, steps=20, frozen=teacher, on_metrics=lambda n, m: losses.update({n: m})
+    tx = optax.MultiSteps(optax.inject_hyperparams(optax.sgd)(optax.cosine_decay_schedule(0.1, 20), momentum=0.9), 2)
+    mesh, rules = train.make_mesh(data=4, model=2), [("Dense_0/kernel", P(None, "model"))]
+    fit = functools.partial(
+        train.fit, train.make_step(loss_fn, tx), steps=20, frozen=train.shard(teacher_variables(), mesh)
     )
+
+    def fresh():
+        return train.shard(create(tx), mesh, rules)
+
+    straight, losses = batches(), {}
+    expected = fit(fresh(), straight, on_metrics=lambda n, m: losses.update({n: m}))
 
     def kill(n, metrics):
         if n == 13:
             raise Killed
 
     with pytest.raises(Killed):
-        train.fit(
-            step,
-            fresh(),
-            batches(),
-            steps=20,
-            frozen=teacher,
-            checkpoints=tmp_path,
-            checkpoint_every=11,
-            on_metrics=kill,
-        )
+        fit(fresh(), batches(), checkpoints=tmp_path, checkpoint_every=11, on_metrics=kill)
     again, resumed = {}, batches()
-    state = train.fit(
-        step,
-        fresh(),
-        resumed,
-        steps=20,
-        frozen=teacher,
-        checkpoints=tmp_path,
-        on_metrics=lambda n, m: again.update({n: m}),
-    )
+    state = fit(fresh(), resumed, checkpoints=tmp_path, on_metrics=lambda n, m: again.update({n: m}))
     assert_same(state, expected)
     assert sorted(again) == list(range(12, 21)) and all(again[n] == losses[n] for n in again)
     assert resumed.get_state() == straight.get_state()
@@ -98,48 +77,66 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(arranged, tmp_path):
 
 
 def test_a_run_resumes_on_another_mesh(tmp_path):
-    tx = optax.sgd(0.1)
-    step, teacher = train.make_step(loss_fn, tx), teacher_variables()
-    one = train.fit(step, create(tx), batches(), steps=3, frozen=teacher, checkpoints=tmp_path)
-    mesh = train.make_mesh(data=2, model=4)
-    state = train.shard(create(tx), mesh, [("Dense_0/kernel", P("data", "model"))])
+    tx = optax.adam(1e-2)
+
+    def fresh():
+        params = {"kernel": jnp.arange(32.0).reshape(4, 8) / 32}
+        return train.TrainState.create(params, tx, key=jax.random.key(0))
+
+    def loss(params, batch, context):
+        noise = jax.random.normal(context.key, (8, 4))
+        return jnp.mean((noise @ params["kernel"] - batch) ** 2), {}, context.extras
+
+    step = train.make_step(loss, tx)
+    rows = functools.partial(Counting, lambda n: np.full((8, 8), n, np.float32))
+    alone = train.fit(step, fresh(), rows(), steps=3, checkpoints=tmp_path)
+    spread = train.shard(fresh(), train.make_mesh(data=2, model=4), [("kernel", P("model", "data"))])
     with train.Checkpoints(tmp_path) as checkpoints:
-        moved, _ = checkpoints.restore(state)
-    assert_same(moved, one)
-    assert moved.params["Dense_0"]["kernel"].sharding.spec == P("data", "model")
-    more = train.fit(step, moved, batches(), steps=5, frozen=train.shard(teacher, mesh), checkpoints=tmp_path)
-    assert_close(more, train.fit(step, one, batches(), steps=5, frozen=teacher))
+        assert_same(checkpoints.restore(spread)[0], alone)
+    spread = train.fit(step, spread, rows(), steps=9, checkpoints=tmp_path)
+    assert spread.params["kernel"].sharding.spec == P("model", "data")
+    assert_close(spread, train.fit(step, fresh(), rows(), steps=9))
 
 
 WORKER = """
-    import os, sys
+    import sys
     import jax, jax.numpy as jnp, numpy as np, optax
     from train_toys import batches, create, loss_fn, teacher_variables
     from jaxcompress import train
+
     tx = optax.adam(1e-2)
-    state = create(tx)
-    ballast = jnp.asarray(np.random.default_rng(0).normal(size=(12_000_000,)), jnp.float32)  # makes a save take a while
-    state = train.TrainState(state.step, state.params, state.opt_state, {**state.extras, "ballast": ballast}, state.key)
+    ballast = np.random.default_rng(0).normal(size=12_000_000).astype(np.float32)  # a save takes a while
+
     def loss(params, batch, context):
         stats = {"batch_stats": context.extras["batch_stats"]}
         value, metrics, extras = loss_fn(params, batch, context._replace(extras=stats))
         return value, metrics, {**extras, "ballast": context.extras["ballast"]}
-    state = train.fit(train.make_step(loss, tx), state, batches(), steps=int(sys.argv[2]), frozen=teacher_variables(),
-                      checkpoints=sys.argv[1], checkpoint_every=4, on_metrics=lambda n, m: print(n, flush=True))
-    np.savez(sys.argv[3], *[np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state, state.extras))])
+
+    step, teacher = train.make_step(loss, tx), teacher_variables()
+    for directory in sys.argv[1:]:
+        plain = create(tx)
+        state = train.TrainState.create(
+            plain.params, tx, extras={**plain.extras, "ballast": ballast}, key=plain.key
+        )
+        state = train.fit(
+            step, state, batches(), steps=12, frozen=teacher, checkpoints=directory, checkpoint_every=4,
+            on_metrics=train.JsonLines(directory + ".jsonl"),
+        )
+        leaves = jax.tree.leaves((state.params, state.opt_state, state.extras))
+        np.savez(directory + ".npz", *[np.asarray(x) for x in leaves])
 """
 
 
-def worker(*arguments):
+def worker(*directories):
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", textwrap.dedent(WORKER), *map(str, arguments)]
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(WORKER), *map(str, directories)]
     return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path})
 
 
 def test_a_save_cut_off_by_sigkill_is_ignored(tmp_path):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    process = worker(cut, 12, tmp_path / "never.npz")
+    process = worker(cut)
     try:
         deadline = time.monotonic() + 240
         while not (partial := [path for path in cut.glob("8*") if path.name != "8"]):
@@ -148,17 +145,17 @@ def test_a_save_cut_off_by_sigkill_is_ignored(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         assert partial[0].exists() and not (cut / "8").exists(), "the save ended before the signal came"
-        for directory, out in [(cut, "resumed.npz"), (whole, "straight.npz")]:
-            process = worker(directory, 12, tmp_path / out)
-            assert process.wait(240) == 0
+        process = worker(cut, whole)  # resumes the one, and runs the other straight
+        assert process.wait(240) == 0
     finally:
         process.kill()
         process.wait()
     assert not partial[0].exists() and (cut / "12").exists()
-    resumed, straight = np.load(tmp_path / "resumed.npz"), np.load(tmp_path / "straight.npz")
+    resumed, straight = np.load(tmp_path / "cut.npz"), np.load(tmp_path / "whole.npz")
     assert len(resumed.files) == len(straight.files) > 10
     for name in straight.files:
         assert resumed[name].tobytes() == straight[name].tobytes()
+    assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_metrics_arrive_once_in_order_and_evaluations_beside_them():
