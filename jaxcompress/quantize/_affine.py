@@ -35,9 +35,10 @@ class Affine:
     activation_bits: int | None = None
 
     def __post_init__(self) -> None:
-        for name, bits in (("bits", self.bits), ("activation_bits", self.activation_bits)):
-            if bits is not None and (not isinstance(bits, int) or not 2 <= bits <= 8):
-                raise ValueError(f"{name} must be an integer from 2 to 8, got {bits!r}")
+        if self.bits not in range(2, 9) or not isinstance(self.bits, int):
+            raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
+        if self.activation_bits not in (None, *range(2, 9)):
+            raise ValueError(f"activation_bits must be None or an integer from 2 to 8, got {self.activation_bits!r}")
         if self.group is not None and (len(self.group) != 2 or self.group[1] < 1):
             raise ValueError(f"group must be (axis, size) with a size of at least 1, got {self.group!r}")
 

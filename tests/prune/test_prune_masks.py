@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress import prune
+from jaxcompress.arrays import Sparse, dense, nbytes
 
 PARAMS = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(0), (32, 16)), "bias": jnp.ones(16)}}
 RAMP = prune.polynomial(0, 8, 2)
@@ -109,3 +110,30 @@ def test_orbax_restores_masks_with_their_sharding(tmp_path) -> None:
     np.testing.assert_array_equal(want, got)
     assert 0 < (~got).sum() < got.size and got.dtype == bool and got.sharding.is_equivalent_to(sharding, 2)
     assert int(restored[1].step) == 3
+
+
+def test_sparse_leaves_hold_the_kept_weights() -> None:
+    params, state, _ = trained(optax.chain(optax.adam(1e-2), SPARSIFY))
+    sparse = prune.to_sparse(params, state)
+    assert isinstance(sparse["Dense_0"]["kernel"], Sparse) and not isinstance(sparse["Dense_0"]["bias"], Sparse)
+    jax.tree.map(np.testing.assert_array_equal, dense(sparse), params)
+    assert nbytes(sparse) < nbytes(params) / 3
+    stacked = {"k": jnp.ones((3, 8, 8))}
+    tx = prune.sparsify({"k": prune.Unstructured(0.75, stack=1)}, prune.one_shot())
+    _, state = tx.update(stacked, tx.init(stacked), stacked)
+    assert prune.to_sparse(stacked, state, {"k": 1})["k"].values.shape == (3, 16)
+
+
+@pytest.mark.parametrize("part", [0.001, 0.5, 0.9, 1.0])
+def test_threshold_is_the_quantile_over_all_leaves(part: float) -> None:
+    tree = {"a": jax.random.normal(jax.random.key(0), (30, 40)), "b": [jnp.ones(50) * 0.5], "ids": jnp.arange(9)}
+    ordered = np.sort(np.abs(np.concatenate([np.ravel(tree["a"]), np.ravel(tree["b"][0])])))
+    assert float(prune.threshold(tree, part)) == ordered[max(1, round(part * 1250)) - 1]
+
+
+@pytest.mark.parametrize(
+    "tree, part", [({"a": jnp.ones(3)}, 0.0), ({"a": jnp.ones(3)}, 1.1), ({"a": jnp.arange(3)}, 0.5)]
+)
+def test_threshold_of_nothing(tree, part: float) -> None:
+    with pytest.raises(ValueError, match=r"part of them in \(0, 1\]"):
+        prune.threshold(tree, part)

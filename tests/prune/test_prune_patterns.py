@@ -70,6 +70,36 @@ def test_stack_gives_each_layer_its_sparsity() -> None:
     assert mask(prune.Unstructured(0.3), scores)[2].mean() > 0.95  # ranked as one, the small ones go
 
 
+def block_oracle(scores: np.ndarray, sizes: tuple[int, ...], norm: str) -> tuple[list, list]:
+    """Every block's slices and its score."""
+    starts = itertools.product(*(range(0, n, size) for n, size in zip(scores.shape, sizes, strict=True)))
+    blocks = [tuple(slice(s, s + size) for s, size in zip(start, sizes, strict=True)) for start in starts]
+    values = [scores[b].astype(np.float64) for b in blocks]
+    return blocks, [v.mean() if norm == "l1" else np.sqrt((v**2).mean()) for v in values]
+
+
+@pytest.mark.parametrize(
+    "pattern, shape, sizes",
+    [
+        (prune.Blocks(0.5, (4, 2)), (8, 6), (4, 2)),
+        (prune.Blocks(0.4, (4, 4), pad=True, norm="l2"), (10, 7), (4, 4)),
+        (prune.vectors(0.6), (9, 5), (1, 5)),
+        (prune.vectors(0.6, axis=-2), (9, 5), (9, 1)),
+        (prune.vectors(0.3, 4, axis=-2, norm="l2"), (2, 8, 3), (1, 4, 1)),
+        (prune.kernels(0.55), (3, 3, 4, 5), (3, 3, 1, 1)),
+        (prune.filters(0.5, norm="l2"), (3, 2, 4, 6), (3, 2, 4, 1)),
+    ],
+)
+def test_blocks_go_as_a_whole_by_their_norm(pattern: prune.Blocks, shape: tuple, sizes: tuple) -> None:
+    scores = np.abs(np.random.default_rng(0).normal(size=shape)).astype(np.float32)
+    blocks, values = block_oracle(scores, sizes, pattern.norm)
+    want = np.ones(shape, bool)
+    for i in np.argsort(values, kind="stable")[: round(pattern.sparsity * len(blocks))]:
+        want[blocks[i]] = False
+    assert pattern.units(shape) == len(blocks)
+    np.testing.assert_array_equal(mask(pattern, jnp.asarray(scores)), want)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -78,6 +108,12 @@ def test_stack_gives_each_layer_its_sparsity() -> None:
         (lambda: prune.Unstructured(float("nan")), r"in \[0, 1\), got nan"),
         (lambda: prune.Unstructured(0.5, stack=-1), "stack must be"),
         (lambda: prune.Unstructured(0.5, stack=3).check((4, 4)), "stack=3 leading axes"),
+        (lambda: prune.Blocks(1.5, (2, 2)), r"in \[0, 1\), got 1.5"),
+        (lambda: prune.Blocks(0.5, (0, 2)), "a length of 1 or more, or None"),
+        (lambda: prune.Blocks(0.5, (2,), norm="max"), "norm must be 'l1' or 'l2', got 'max'"),
+        (lambda: prune.Blocks(0.5, (2, 3)).check((4, 4)), r"do not divide the shape \(4, 4\); .* pad=True"),
+        (lambda: prune.filters(0.5).check((4, 4)), "need 4 axes"),
+        (lambda: prune.vectors(0.5, axis=0), "counted from the end"),
         (lambda: prune.NM(5, 4), "got 5:4"),
         (lambda: prune.NM(0, 4), "got 0:4"),
         (lambda: prune.NM(2, 4).check((6, 8)), r"4 does not divide 6; .* pad=True"),

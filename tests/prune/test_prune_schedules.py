@@ -32,6 +32,29 @@ def test_one_shot_is_once() -> None:
     assert run(prune.one_shot(3), 10) == [(3, 1.0)]
 
 
+def test_cosine_is_half_a_wave() -> None:
+    got = run(prune.cosine(10, 50, 10), 60)
+    assert [t for t, _ in got] == [10, 20, 30, 40, 50]
+    np.testing.assert_allclose([p for _, p in got], [0, 0.1464466, 0.5, 0.8535534, 1], atol=1e-6)
+
+
+def test_iterative_prunes_a_fifth_of_what_is_left() -> None:
+    """Frankle & Carbin 2019: 100, 80, 64, 51.2, 41.0, 32.8 ... percent of the weights remain."""
+    got = run(prune.iterative(final=0.7, rate=0.2, begin=5, every=10), 200)
+    assert [t for t, _ in got] == [5, 15, 25, 35, 45, 55]
+    np.testing.assert_allclose([1 - 0.7 * p for _, p in got], [0.8, 0.64, 0.512, 0.4096, 0.32768, 0.3], atol=1e-6)
+
+
+def test_iterative_ends_when_a_power_is_the_final_sparsity() -> None:
+    assert [t for t, _ in run(prune.iterative(final=0.75, rate=0.5, begin=0, every=1), 9)] == [0, 1]
+
+
+def test_periodic_changes_phase_and_ends_sparse() -> None:
+    got = run(prune.periodic(begin=4, end=19, dense=2, sparse=3), 40)
+    assert got == [(4, 1.0), (7, 0.0), (9, 1.0), (12, 0.0), (14, 1.0), (17, 0.0), (19, 1.0)]
+    assert run(prune.periodic(0, 6, dense=5, sparse=1), 40) == [(0, 1.0), (1, 0.0), (6, 1.0)]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -41,6 +64,11 @@ def test_one_shot_is_once() -> None:
         (lambda: prune.polynomial(0, 5, 0), "every must be at least 1"),
         (lambda: prune.polynomial(0, 5, power=0), "power must be positive"),
         (lambda: prune.polynomial(0, 5, initial=1.0), r"initial must be in \[0, 1\)"),
+        (lambda: prune.cosine(7, 7), "ends before it begins"),
+        (lambda: prune.iterative(1.0, 0.2, 0, 1), r"must be in \(0, 1\), got 1.0 and 0.2"),
+        (lambda: prune.iterative(0.9, 0.2, 0, 0), "every must be at least 1"),
+        (lambda: prune.periodic(5, 5, 1, 1), "ends before it begins"),
+        (lambda: prune.periodic(0, 5, 0, 1), "a phase lasts at least 1 step"),
         (lambda: prune.one_shot(-3), "step must be a step"),
     ],
 )

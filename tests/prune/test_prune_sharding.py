@@ -72,3 +72,13 @@ def test_the_check_above_sees_a_gather() -> None:
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, P("a")))
     assert ("all-gather", 512) in collectives(jax.jit(lambda x: jnp.sort(x.ravel())).lower(x).compile().as_text())
+
+
+def test_a_global_threshold_moves_less_than_a_kilobyte() -> None:
+    """A pass sums one uint32 a leaf over the mesh: with at most 56 passes over these four leaves, 896 bytes."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    sharded = jax.device_put(parameters(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
+    find = jax.jit(lambda tree: prune.threshold(tree, 0.8))
+    assert find(sharded) == find(parameters())
+    found = collectives(find.lower(sharded).compile().as_text())
+    assert found and all(op == "all-reduce" and elements <= len(SPECS) for op, elements in found), found

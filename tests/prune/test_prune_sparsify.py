@@ -135,6 +135,17 @@ def test_kept_weights_get_the_optimizer_s_update_unchanged() -> None:
         np.testing.assert_array_equal(u, np.where(mask, v, -p))
 
 
+def test_dense_phases_let_pruned_weights_come_back() -> None:
+    """AC/DC: compressed, then dense again with every weight in training, and compressed at the end."""
+    schedule = prune.periodic(begin=2, end=12, dense=3, sparse=2)  # sparse 2-3, dense 4-6, sparse 7-8, dense 9-11
+    tx = optax.chain(optax.adam(1e-2), prune.sparsify({"kernel$": prune.vectors(0.5)}, schedule))
+    pruned = [1 - float(prune.masks(state)["a/kernel"].mean()) for _, _, state in train(tx, parameters(), 15)]
+    np.testing.assert_allclose(pruned, [0] * 2 + [0.5] * 2 + [0] * 3 + [0.5] * 2 + [0] * 3 + [0.5] * 3)
+    for i, params, _ in train(tx, parameters(), 12):
+        assert i != 3 or (params["a"]["kernel"] == 0).mean() == 0.5
+    assert (params["a"]["kernel"] != 0).all()
+
+
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)

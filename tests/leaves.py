@@ -1,4 +1,4 @@
-"""Compressed leaves of every kind, for the tests of this folder."""
+"""Compressed leaves of every kind, for the tests."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,254 @@
+"""Fake quantization in unmodified models: what it rounds, what it leaves alone, and that integers follow it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxcompress.nnx
+from jaxcompress import linen, quantize
+from jaxcompress.arrays import compressed, watch
+from jaxcompress.paths import UnmatchedRuleError
+
+SPEC = quantize.Affine(bits=8, activation_bits=8)
+RULES = (("kernel$", SPEC),)
+
+
+def rounded(w, bits=8, axis=0):
+    """Symmetric rounding, written down a second time, in NumPy and float64."""
+    limit = 2 ** (bits - 1) - 1
+    w = np.float64(w)
+    step = np.max(np.abs(w), axis=axis, keepdims=True) / limit
+    return np.round(w / step) * step
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x)).mean((1, 2))
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(16)(x))
+        return nn.Dense(5, name="head")(x)
+
+
+@pytest.fixture
+def net(rng):
+    x = jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)
+    return Net(), Net().init(jax.random.key(0), x), x
+
+
+def test_a_product_by_hand(rng):
+    x, w = rng.normal(size=(5, 7)), rng.normal(size=(7, 3))
+    fake = quantize.fake(lambda p, x: x @ p["kernel"], RULES)
+    expected = rounded(x, axis=1) @ rounded(w, axis=0)  # a step a row of inputs, a step a column of weights
+    np.testing.assert_allclose(fake({"kernel": jnp.float32(w)}, jnp.float32(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w,
+        lambda x, w: jnp.dot(x, w),
+        lambda x, w: jnp.einsum("bi,io->bo", x, w),
+        lambda x, w: (w.T @ x.T).T,
+        lambda x, w: jax.jit(jnp.matmul)(x, w),
+        lambda x, w: jax.checkpoint(lambda x, w: x @ w)(x, w),
+        lambda x, w: jax.lax.scan(lambda c, _: (c, x @ w), 0, None, length=1)[1][0],
+        lambda x, w: jnp.tensordot(x.reshape(5, 2, 4), w.reshape(2, 4, 3), 2),
+    ],
+    ids=["@", "dot", "einsum", "transposed", "a user's jit", "remat", "scan", "reshaped"],
+)
+def test_every_way_to_multiply(product, rng):
+    x, w = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    out = quantize.fake(lambda p, x: product(x, p["kernel"]), RULES)({"kernel": w}, x)
+    np.testing.assert_allclose(out, rounded(x, axis=1) @ rounded(w, axis=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("activation_bits", [8, None])
+def test_integers_compute_what_training_rounded_to(bits, activation_bits, net):
+    """The converted model in integers equals the fake-quantized one in floats, layer by layer, from the same inputs."""
+    model, variables, x = net
+    rules = {"kernel$": quantize.Affine(bits, activation_bits=activation_bits)}
+    run = jax.jit(compressed(model.apply, strict=True))
+    with watch() as hits:
+        out = run(quantize.convert(variables, rules), x)
+    assert hits[("Quantized", "dot_general", "rule")] == 2
+    assert hits[("Quantized", "conv_general_dilated", "rule")] == 1
+    np.testing.assert_allclose(out, quantize.fake(model.apply, rules)(variables, x), rtol=1e-4, atol=1e-4)
+
+
+def test_integer_products_are_exact(rng):
+    """Against an oracle in int64: the codes of the input times those of the weight, and nothing rounded between."""
+    x, w = jnp.asarray(rng.normal(size=(6, 300)), jnp.float32), jnp.asarray(rng.normal(size=(300, 5)), jnp.float32)
+    q = quantize.quantize(w, SPEC)
+    step = np.max(np.abs(x), axis=1, keepdims=True) / np.float32(127)
+    codes = np.clip(np.round(np.asarray(x) / step), -127, 127).astype(np.int64)
+    sums = codes @ np.asarray(q.codes(), np.int64)
+    out = jax.jit(compressed(lambda w, x: x @ w, strict=True))(q, x)
+    np.testing.assert_allclose(out, sums * step.astype(np.float64) * np.asarray(q.scale, np.float64), rtol=1e-6)
+    text = jax.jit(compressed(lambda w, x: x @ w)).lower(q, x).as_text()
+    assert "xi8>, tensor<300x5xi8>) -> tensor<6x5xi32>" in text
+
+
+def test_a_float_teacher_and_a_quantized_student_do_not_touch_each_other(net):
+    """One process, one trace: the same module, user-jitted, with and without fake quantization."""
+    model, variables, x = net
+    apply = jax.jit(model.apply)
+    before = apply(variables, x)
+
+    @jax.jit
+    def both(variables, x):
+        student = quantize.fake(apply, RULES)(variables, x)
+        return student, apply(variables, x)
+
+    student, teacher = both(variables, x)
+    np.testing.assert_allclose(teacher, before, rtol=1e-6)
+    np.testing.assert_array_equal(apply(variables, x), before)
+    assert float(jnp.max(jnp.abs(student - teacher))) > 1e-3
+
+
+def test_two_weights_of_one_shape_are_told_apart():
+    params = {"a": jnp.asarray([[0.3, 0.7], [0.123, 1.0]]), "b": jnp.asarray([[0.3, 0.7], [0.123, 1.0]])}
+    out = quantize.fake(lambda p: (p["a"], p["b"]), [("^a$", quantize.Affine(2))])(params)
+    assert not np.allclose(out[0], params["a"]) and np.array_equal(out[1], params["b"])
+
+
+def test_tied_embedding(rng):
+    """The table is on its grid at both ends; only the product rounds its input."""
+    embed = nn.Embed(12, 6)
+    variables = embed.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    rules = {"embedding$": quantize.Affine(8, axes=(0,), activation_bits=8)}
+    table = rounded(variables["params"]["embedding"], axis=1)
+    looked_up = quantize.fake(embed.apply, rules)(variables, jnp.arange(12))
+    np.testing.assert_allclose(looked_up, table, rtol=1e-5, atol=1e-6)
+    x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    attended = quantize.fake(lambda v, x: embed.apply(v, x, method="attend"), rules)(variables, x)
+    np.testing.assert_allclose(attended, rounded(x, axis=1) @ table.T, rtol=1e-4, atol=1e-5)
+
+
+def test_recurrent_cell(rng):
+    """The same weight in every step of a scan, rounded once and the same."""
+    model, x = nn.RNN(nn.LSTMCell(6)), jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    rules = {"kernel$": SPEC}
+    got = quantize.fake(model.apply, rules)(variables, x)
+    integers = jax.jit(compressed(model.apply, strict=True))(quantize.convert(variables, rules), x)
+    np.testing.assert_allclose(got, integers, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_float_parameters_and_training_works(net):
+    model, variables, x = net
+    tx = optax.adam(1e-2)
+    params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+    labels = jnp.arange(4)
+
+    def loss(params):
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params, **rest}, x), labels).mean()
+
+    fake_loss = quantize.fake(loss, {"kernel$": quantize.Affine(4, activation_bits=8)})
+    first, state = float(fake_loss(params)), tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(fake_loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(60):
+        params, state = step(params, state)
+    assert jax.tree.structure(params) == jax.tree.structure(variables["params"])
+    assert float(fake_loss(params)) < 0.1 * first
+
+
+def test_zero_inputs_and_empty_scales_are_finite():
+    fake = quantize.fake(lambda p, x: jnp.sum(x @ p["kernel"]), RULES)
+    for x in (jnp.zeros((1, 4)), jnp.full((1, 4), 1e30)):
+        value, grad = jax.value_and_grad(fake)({"kernel": jnp.zeros((4, 3))}, x)
+        assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(grad["kernel"])))
+
+
+def test_linen_wrapper_is_the_transform(net):
+    model, variables, x = net
+    wrapped = linen.FakeQuantized(model, RULES)
+    own = wrapped.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, own, variables)
+    fake = quantize.fake(model.apply, RULES)
+    np.testing.assert_allclose(wrapped.apply(variables, x), fake(variables, x), rtol=1e-6)
+    kwargs = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
+    (_, updates), (_, expected) = wrapped.apply(variables, x, **kwargs), fake(variables, x, **kwargs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+
+
+def test_linen_wrapper_inside_a_larger_model(net):
+    _, _, x = net
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="plain")(linen.FakeQuantized(Net(name="body"), RULES)(x))
+
+    variables = Outer().init(jax.random.key(0), x)
+    body = {name: tree["body"] for name, tree in variables.items()}
+    inner = quantize.fake(Net().apply, RULES)(body, x)
+    expected = inner @ variables["params"]["plain"]["kernel"] + variables["params"]["plain"]["bias"]
+    np.testing.assert_allclose(jax.jit(Outer().apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
+    grads = jax.grad(lambda v: jnp.sum(Outer().apply(v, x) ** 2))(variables)
+    assert all(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(grads["params"]["body"]["head"]))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
+
+
+def test_nnx_wrapper_is_the_transform(net):
+    *_, x = net
+    model = NnxNet(nnx.Rngs(0))
+    model.eval()
+    apply, params, rest = jaxcompress.nnx.functional(model)
+    wrapped = jaxcompress.nnx.FakeQuantized(model, RULES)
+    expected, _ = quantize.fake(apply, RULES)(params, rest, x)
+    np.testing.assert_allclose(wrapped(x), expected, rtol=1e-6)
+    integers, _ = jax.jit(compressed(apply, strict=True))(quantize.convert(params, RULES), rest, x)
+    np.testing.assert_allclose(wrapped(x), integers, rtol=1e-4, atol=1e-4)
+
+
+def test_nnx_wrapper_trains_and_keeps_its_state(net):
+    *_, x = net
+    model = jaxcompress.nnx.FakeQuantized(NnxNet(nnx.Rngs(0)), RULES)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    labels = jnp.arange(4)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    mean, kernel = np.asarray(model.inner.norm.mean[...]), np.asarray(model.inner.head.kernel[...])
+    losses = [float(step(model, optimizer)) for _ in range(40)]
+    assert losses[-1] < losses[0]
+    assert not np.allclose(model.inner.norm.mean[...], mean)
+    assert model.inner.head.kernel[...].dtype == kernel.dtype and not np.allclose(model.inner.head.kernel[...], kernel)
+
+
+def test_refuses(net):
+    model, variables, x = net
+    with pytest.raises(UnmatchedRuleError, match="nearest paths: .*Conv_0/kernel"):
+        quantize.fake(model.apply, {"Conv_0/kernels": SPEC})(variables, x)
+    with pytest.raises(TypeError, match="compressed already"):
+        quantize.fake(model.apply, RULES)(quantize.convert(variables, RULES), x)
+    with pytest.raises(TypeError, match="first positional"):
+        quantize.fake(model.apply, RULES)()
