@@ -1,5 +1,7 @@
 """The state that masks live in, and masks outside the transformation: applied to other trees, counted, checked."""
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +11,9 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxcompress import paths
+from jaxcompress.arrays import Sparse
+from jaxcompress.prune._ranking import Ranking, kth_lowest
+from jaxcompress.prune._scores import Score, magnitude
 
 
 class SparsifyState(NamedTuple):
@@ -71,6 +76,58 @@ def apply_masks(tree: Any, state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
+def to_sparse(tree: Any, state: Any, stacked: paths.Rules[int] | None = None) -> Any:
+    """`tree` with every masked parameter as a `jaxcompress.arrays.Sparse` leaf: a bit a weight, and the kept values.
+
+    Args:
+      tree: concrete parameters, found by their paths as in `apply_masks`.
+      state: the state of the optimizer that `sparsify` is a part of.
+      stacked: by path, how many leading axes stack layers (`nn.scan`); 0 where no rule matches.
+
+    Returns:
+      A tree to be run by `jaxcompress.arrays.compressed`; parameters without a mask are as they were.
+
+    Raises:
+      ValueError: as `apply_masks`.
+      TypeError: called under jit, where the number of kept values is not known.
+    """
+    kept, leaves = masks(state), paths.named_leaves(apply_masks(tree, state))
+    depths = paths.match(stacked or {}, [name for name, _ in leaves], 0)
+    converted = [
+        Sparse.from_dense(x, kept[name], stacked=depth) if name in kept else x
+        for (name, x), depth in zip(leaves, depths, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), converted)
+
+
+def threshold(tree: Any, part: float, score: Score = magnitude) -> jax.Array:
+    """The score up to which `part` of all weights in `tree` lie: the exact `k`-th lowest, for a global threshold.
+
+    No sort and no copy of the weights: about 20 passes over them, and over a mesh as many scalar all-reduces, so it
+    runs under jit on sharded trees. `k` is `part` times the number of weights, rounded, and at least 1.
+
+    Args:
+      tree: weights; leaves that are not floating point are left out.
+      part: in (0, 1]: 0.9 gives the score that 90 % of the weights don't exceed.
+      score: of a weight, the scores of its entries.
+
+    Returns:
+      A scalar of the leaves' common dtype. Scores that are NaN count as greater than all others.
+    """
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not leaves or not 0 < part <= 1:
+        raise ValueError(f"want floating-point weights and a part of them in (0, 1], got {len(leaves)} leaves, {part}")
+    dtype = jnp.result_type(*leaves)
+    k = max(1, math.floor(part * sum(x.size for x in leaves) + 0.5))
+    return _threshold(leaves, jnp.uint32(k), score, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("score", "dtype"))
+def _threshold(leaves: list[jax.Array], k: jax.Array, score: Score, dtype: jnp.dtype) -> jax.Array:
+    return kth_lowest(Ranking(leaves, k, score=lambda x: score(x).astype(dtype)))
+
+
 def sparsity(tree: Any) -> dict[str, float]:
     """The part of zeros in each leaf of `tree`, by path; the key `""` has that of all leaves together.
 
@@ -81,7 +138,7 @@ def sparsity(tree: Any) -> dict[str, float]:
     return {name: _part(*count) for name, count in counts.items()} | {"": _part(zeros, size)}
 
 
-def check_finite(tree: Any) -> None:
+def check_finite(tree: Any, what: str = "weights") -> None:
     """Raises ValueError, naming the leaves, if concrete floating-point values in `tree` are not all finite.
 
     Values under a transformation (`jit`, `vmap`) are not known and pass.
@@ -90,7 +147,7 @@ def check_finite(tree: Any) -> None:
     floats = [(name, x) for name, x in known if jnp.issubdtype(x.dtype, jnp.floating)]
     bad = [name for name, x in floats if not isinstance(x, Tracer) and not bool(jnp.all(jnp.isfinite(x)))]
     if bad:
-        raise ValueError(f"weights are not finite (NaN or infinite) in {', '.join(map(repr, bad))}: nothing is pruned")
+        raise ValueError(f"{what} are not finite (NaN or infinite) in {', '.join(map(repr, bad))}: nothing is pruned")
 
 
 def _masked(name: str, x: jax.Array, mask: jax.Array | None) -> jax.Array:

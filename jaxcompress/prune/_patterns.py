@@ -154,6 +154,109 @@ class NM:
         return ~pruned
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks: all weights of a block are kept, or none. `vectors`, `kernels` and `filters` make the usual ones.
+
+    A block's score is the mean of its weights' scores (`norm="l1"`) or their root mean square (`"l2"`): of magnitudes,
+    the order of the L1 or L2 norms (Li et al. 2017, "Pruning Filters for Efficient ConvNets"; Mao et al. 2017,
+    "Exploring the Granularity of Sparsity in Convolutional Neural Networks").
+
+    Attributes:
+      sparsity: the part of the blocks that is pruned in the end, in [0, 1).
+      shape: a block's length along each of the last axes; `None` is the whole axis. Axes further in front count as 1.
+      pad: allow lengths that do not divide their axis: the last block is smaller, and counts as one block.
+      norm: `"l1"` or `"l2"`.
+    """
+
+    sparsity: float
+    shape: tuple[int | None, ...]
+    pad: bool = False
+    norm: str = "l1"
+
+    stack = 0
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        if not self.shape or any(n is not None and n < 1 for n in self.shape):
+            raise ValueError(f"a block has a length of 1 or more, or None, along each axis, got {self.shape}")
+        if self.norm not in ("l1", "l2"):
+            raise ValueError(f"norm must be 'l1' or 'l2', got {self.norm!r}")
+
+    def check(self, shape: Shape) -> None:
+        """Raises ValueError if there are too few axes, or a length does not divide its axis and `pad` is off."""
+        if len(shape) < len(self.shape):
+            raise ValueError(f"blocks of {self.shape} need {len(self.shape)} axes, but the shape is {shape}")
+        if not self.pad and any(n % size for n, size in zip(shape, self._sizes(shape), strict=True)):
+            raise ValueError(
+                f"blocks of {self.shape} do not divide the shape {shape}; choose another block, or pass pad=True to "
+                f"allow smaller blocks at the end"
+            )
+
+    def units(self, shape: Shape) -> int:
+        """The blocks of a layer."""
+        return math.prod(-(-n // size) for n, size in zip(shape, self._sizes(shape), strict=True))
+
+    def budget(self, shape: Shape) -> int:
+        """`sparsity * blocks`, rounded."""
+        return math.floor(self.sparsity * self.units(shape) + 0.5)
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        """The blocks' scores: an axis a weight's axis, as long as there are blocks along it."""
+        if self.norm == "l2":
+            return jnp.sqrt(self._mean(jnp.square(scores.astype(jnp.float32))))
+        return self._mean(scores.astype(jnp.float32))
+
+    def keep(self, pruned: jax.Array, shape: Shape) -> jax.Array:
+        """Each block's entry, repeated over its weights."""
+        kept = ~pruned
+        for axis, (n, size) in enumerate(zip(shape, self._sizes(shape), strict=True)):
+            if size > 1:
+                blocks = kept.shape[axis]
+                wide = jnp.broadcast_to(
+                    jnp.expand_dims(kept, axis + 1), (*kept.shape[: axis + 1], size, *kept.shape[axis + 1 :])
+                )
+                kept = wide.reshape(*kept.shape[:axis], blocks * size, *kept.shape[axis + 1 :])
+                kept = lax.slice_in_dim(kept, 0, n, axis=axis)
+        return kept
+
+    def _sizes(self, shape: Shape) -> Shape:
+        """A block's length along every axis of a weight."""
+        own = (1,) * (len(shape) - len(self.shape)) + self.shape
+        return tuple(max(1, n) if size is None else size for n, size in zip(shape, own, strict=True))
+
+    def _mean(self, x: jax.Array) -> jax.Array:
+        for axis, (n, size) in enumerate(zip(x.shape, self._sizes(x.shape), strict=True)):
+            if size == 1:
+                continue
+            fill = -n % size
+            padded = jnp.pad(x, [(0, fill if a == axis else 0) for a in range(x.ndim)])
+            split = padded.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+            real = np.full(split.shape[axis], size, np.float32)
+            real[-1:] -= fill
+            x = jnp.sum(split, axis=axis + 1) / real.reshape(-1, *[1] * (x.ndim - axis - 1))
+        return x
+
+
+def vectors(
+    sparsity: float, length: int | None = None, axis: int = -1, *, pad: bool = False, norm: str = "l1"
+) -> Blocks:
+    """Blocks of `length` weights along `axis` (counted from the end; `None`: its whole length): rows, columns."""
+    if axis >= 0:
+        raise ValueError(f"axis is counted from the end, -1 or less, got {axis}")
+    return Blocks(sparsity, (length,) + (1,) * (-axis - 1), pad, norm)
+
+
+def kernels(sparsity: float, *, norm: str = "l1") -> Blocks:
+    """Whole two-dimensional kernels of convolutions [height, width, inputs, outputs]: one a pair of channels."""
+    return Blocks(sparsity, (None, None, 1, 1), norm=norm)
+
+
+def filters(sparsity: float, *, norm: str = "l1") -> Blocks:
+    """Whole filters: all weights that lead to one output of a convolution [height, width, inputs, outputs]."""
+    return Blocks(sparsity, (None, None, None, 1), norm=norm)
+
+
 def check_sparsity(sparsity: float) -> None:
     """Raises ValueError unless `sparsity` is in [0, 1)."""
     if not 0 <= sparsity < 1:

@@ -1,5 +1,6 @@
 """Schedules: at which steps the masks change, and how much of the final sparsity is reached by then."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,6 +74,65 @@ def polynomial(begin: int, end: int, every: int = 1, *, power: float = 3, initia
         return 1 - left**power
 
     return Schedule(due, progress, initial)
+
+
+def cosine(begin: int, end: int, every: int = 1, *, initial: float = 0.0) -> Schedule:
+    """Gradual pruning along half a cosine: slow at both ends, `progress = (1 - cos(pi * u)) / 2`.
+
+    Arguments, the steps that are due and errors are those of `polynomial`; `u` runs from 0 at `begin` to 1 at `end`.
+    """
+    ramp = polynomial(begin, end, every, power=1, initial=initial)
+    return Schedule(ramp.due, lambda step: (1 - jnp.cos(jnp.pi * ramp.progress(step))) / 2, initial)
+
+
+def iterative(final: float, rate: float, begin: int, every: int) -> Schedule:
+    """Prunes the part `rate` of the *remaining* weights every `every` steps, until `final` of them are gone.
+
+    As in Han et al. 2015 and in the lottery tickets of Frankle & Carbin 2019 (rate 0.2): after the `i`-th time
+    `1 - (1 - rate) ** i` are pruned, and at the last exactly `final`. Give the rules the same final sparsity; a layer
+    of another one gets its own in proportion.
+
+    Raises:
+      ValueError: `final` or `rate` outside (0, 1), or a number of steps out of its range.
+    """
+    begin = _step("begin", begin)
+    if not (0 < final < 1 and 0 < rate < 1):
+        raise ValueError(f"final sparsity and rate must be in (0, 1), got {final} and {rate}")
+    if every < 1:
+        raise ValueError(f"every must be at least 1 step, got {every}")
+    times = math.ceil(math.log(1 - final) / math.log(1 - rate) - 1e-9)
+
+    def progress(step: jax.Array) -> jax.Array:
+        done = (step - begin) // every + 1
+        return jnp.where(done >= times, 1.0, (1 - (1 - rate) ** done.astype(jnp.float32)) / final)
+
+    last = begin + (times - 1) * every
+    return Schedule(lambda step: (step >= begin) & (step <= last) & ((step - begin) % every == 0), progress)
+
+
+def periodic(begin: int, end: int, dense: int, sparse: int) -> Schedule:
+    """Alternates dense and sparse phases between `begin` and `end`, and stays sparse after (AC/DC, Peste et al. 2021).
+
+    From `begin` on the weights are sparse for `sparse` steps, then dense for `dense` steps, and so on. When a dense
+    phase begins, pruned weights may move again, starting from zero. At `end` the final sparsity is taken for good.
+
+    Raises:
+      ValueError: the schedule ends before it begins, or a phase is shorter than a step.
+    """
+    begin, end = _step("begin", begin), _step("end", end)
+    if end <= begin:
+        raise ValueError(f"the schedule ends before it begins: begin={begin}, end={end}")
+    if dense < 1 or sparse < 1:
+        raise ValueError(f"a phase lasts at least 1 step, got dense={dense}, sparse={sparse}")
+
+    def is_sparse(step: jax.Array) -> jax.Array:
+        return ((step - begin) % (dense + sparse) < sparse) | (step >= end)
+
+    def due(step: jax.Array) -> jax.Array:
+        inside = (step >= begin) & (step <= end)
+        return inside & ((step == begin) | (is_sparse(step) != is_sparse(step - 1)) | (step == end))
+
+    return Schedule(due, lambda step: is_sparse(step).astype(jnp.float32))
 
 
 def _step(name: str, value: int) -> int:

@@ -38,7 +38,8 @@ def sparsify(
     It works inside `optax.MultiSteps`, `inject_hyperparams`, `apply_if_finite`, `masked` and `multi_transform`, and in
     an `nnx.Optimizer`. What rescales or averages updates or parameters *after* it would undo the zeros: put it outside
     `optax.contrib.schedule_free` and `optax.lookahead`, and send averaged parameters (an EMA,
-    `schedule_free_eval_params`) through `apply_masks`.
+    `schedule_free_eval_params`) through `apply_masks`. The optimizer in front goes on working on pruned weights: their
+    gradients count in a global norm, and their moments move.
 
     Masks follow the weights before this step's update: the lowest scores are pruned, of equal scores the first in the
     weight's row-major order, so that the number pruned is the number asked and does not depend on the sharding. A
@@ -59,10 +60,10 @@ def sparsify(
     """
 
     def init_fn(params: Any) -> SparsifyState:
-        leaves, treedef = _flatten(params)
-        plan = _plan(rules, params, schedule, allow_empty)
+        leaves, treedef = flatten(params)
+        plan = plan_for(rules, params, schedule, allow_empty)
         check_finite({layer.name: x for layer, x in zip(plan, leaves, strict=True) if layer})
-        masks = [_ones_like(x) if layer else None for layer, x in zip(plan, leaves, strict=True)]
+        masks = [ones_like(x) if layer else None for layer, x in zip(plan, leaves, strict=True)]
         return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(masks))
 
     def update_fn(
@@ -71,11 +72,12 @@ def sparsify(
         del extra_args
         if params is None:
             raise ValueError(base.NO_PARAMS_MSG)
-        leaves, treedef = _flatten(params)
-        plan = _plan(rules, params, schedule, allow_empty)
-        masks, new_updates = _masks_like(params, state.masks, plan), treedef.flatten_up_to(updates)
+        leaves, treedef = flatten(params)
+        plan = plan_for(rules, params, schedule, allow_empty)
+        masks = masks_of(params, state.masks, [layer is not None for layer in plan])
+        new_updates = treedef.flatten_up_to(updates)
         chosen = {i: layer for i, layer in enumerate(plan) if layer is not None}
-        fresh = _scheduled_masks(
+        fresh = scheduled_masks(
             state.step,
             [masks[i] for i in chosen],
             [leaves[i] for i in chosen],
@@ -85,14 +87,19 @@ def sparsify(
         )
         for i, mask in zip(chosen, fresh, strict=True):
             masks[i] = mask
-            new_updates[i] = jnp.where(mask, new_updates[i].astype(leaves[i].dtype), -leaves[i])
+            new_updates[i] = held(mask, new_updates[i], leaves[i])
         new_state = SparsifyState(optax.safe_increment(state.step), treedef.unflatten(masks))
         return treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Layer(NamedTuple):
+def held(mask: jax.Array, update: jax.Array, weight: jax.Array) -> jax.Array:
+    """The update that leaves pruned weights at exactly zero: `p + (-p)` is, in the parameter's dtype."""
+    return jnp.where(mask, update.astype(weight.dtype), -weight)
+
+
+class Layer(NamedTuple):
     """A parameter that a rule chose, and what is asked of it."""
 
     name: str
@@ -101,14 +108,14 @@ class _Layer(NamedTuple):
     end: int  # units pruned at progress 1
 
 
-def _plan(rules: paths.Rules[Any], params: Any, schedule: Schedule, allow_empty: bool) -> list[_Layer | None]:
+def plan_for(rules: paths.Rules[Any], params: Any, schedule: Schedule, allow_empty: bool) -> list[Layer | None]:
     """What happens to each leaf of `params`, in tree order; raises ValueError where a rule does not fit."""
     named = paths.named_leaves(params)
     values = paths.match(rules, [name for name, _ in named], None)
     return [_layer(name, x, value, schedule, allow_empty) for (name, x), value in zip(named, values, strict=True)]
 
 
-def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool) -> _Layer | None:
+def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool) -> Layer | None:
     if value is None:
         return None
     pattern = Unstructured(value) if isinstance(value, int | float) else value
@@ -129,31 +136,32 @@ def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool)
         )
     if start > end:
         raise ValueError(f"{name!r}: the schedule starts at sparsity {schedule.initial}, above what {pattern} prunes")
-    return _Layer(name, pattern, start, end)
+    return Layer(name, pattern, start, end)
 
 
-def _flatten(tree: Any) -> tuple[list[jax.Array], Any]:
+def flatten(tree: Any) -> tuple[list[jax.Array], Any]:
     leaves, treedef = jax.tree.flatten(tree)
     return leaves, treedef
 
 
-def _ones_like(x: jax.Array) -> jax.Array:
+def ones_like(x: jax.Array) -> jax.Array:
     """True everywhere, made of `x` so that it is sharded like `x`, also under jit, where no sharding is known yet."""
     return ~(jnp.isnan(x) & jnp.isinf(x))
 
 
-def _masks_like(params: Any, masks: Any, plan: Sequence[_Layer | None]) -> list[Any]:
-    """The masks in the order of `plan`; raises ValueError if they are not of these parameters."""
+def masks_of(params: Any, masks: Any, chosen: Sequence[bool]) -> list[Any]:
+    """The masks leaf by leaf of `params`; raises ValueError if they are not of the parameters that are `chosen`."""
+    named = paths.named_leaves(params)
     try:
-        flat = _flatten(params)[1].flatten_up_to(masks)
+        flat = flatten(params)[1].flatten_up_to(masks)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the pruning state is of other parameters: its masks are for {[n for n, _ in paths.named_leaves(masks)]}, "
-            f"the rules choose {[layer.name for layer in plan if layer]}; init the optimizer anew, or restore "
-            f"the state of this model"
+            f"wanted are {[name for (name, _), c in zip(named, chosen, strict=True) if c]}; init the optimizer anew, "
+            f"or restore the state of this model"
         ) from error
-    for (name, x), layer, mask in zip(paths.named_leaves(params), plan, flat, strict=True):
-        want = x.shape if layer else None
+    for (name, x), is_chosen, mask in zip(named, chosen, flat, strict=True):
+        want = x.shape if is_chosen else None
         have = None if mask is None else mask.shape
         if want != have:
             raise ValueError(
@@ -164,11 +172,11 @@ def _masks_like(params: Any, masks: Any, plan: Sequence[_Layer | None]) -> list[
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "schedule", "score"))  # an eager loop compiles it once
-def _scheduled_masks(
+def scheduled_masks(
     step: jax.Array,
     masks: list[jax.Array],
     weights: list[jax.Array],
-    layers: tuple[_Layer, ...],
+    layers: tuple[Layer, ...],
     schedule: Schedule,
     score: Score,
 ) -> list[jax.Array]:
@@ -185,7 +193,7 @@ def _scheduled_masks(
     return lax.cond(schedule.due(step), renew, lambda: masks) if layers else []
 
 
-def _ranking(layer: _Layer, weight: jax.Array, score: Score, progress: jax.Array) -> Ranking:
+def _ranking(layer: Layer, weight: jax.Array, score: Score, progress: jax.Array) -> Ranking:
     k = layer.start + scaled(layer.end - layer.start, progress)
     if score is magnitude and isinstance(layer.pattern, Unstructured):
         return Ranking([weight], k, layer.pattern.stack, score)  # cheaper to work out in each pass than to store

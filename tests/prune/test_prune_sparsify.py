@@ -129,7 +129,7 @@ def test_kept_weights_get_the_optimizer_s_update_unchanged() -> None:
     want, _ = plain.update(grads, plain.init(params), params)
     state = pruning.init(params)
     state = (state[0], state[1]._replace(step=jnp.int32(12)))
-    got, state = pruning.update(grads, state, params)
+    got, state = jax.jit(pruning.update)(grads, state, params)
     for name, mask in prune.masks(state).items():
         u, v, p = (np.asarray(dict(paths.named_leaves(t))[name], np.float32) for t in (got, want, params))
         np.testing.assert_array_equal(u, np.where(mask, v, -p))
@@ -209,8 +209,9 @@ def test_an_ensemble_under_vmap() -> None:
 
     params, _ = jax.jit(step)(members)
     np.testing.assert_array_equal((params["w"] == 0).sum((1, 2)), [60] * 4)
+    alone = jax.jit(tx.update)
     for member, pruned in zip(members["w"], params["w"], strict=True):
-        updates, _ = tx.update({"w": member}, tx.init({"w": member}), {"w": member})
+        updates, _ = alone({"w": member}, tx.init({"w": member}), {"w": member})
         np.testing.assert_array_equal(optax.apply_updates({"w": member}, updates)["w"] == 0, pruned == 0)
 
 

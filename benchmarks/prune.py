@@ -1,0 +1,92 @@
+"""Pruning: what masks cost a train step, what a mask update costs, and the exact global threshold.
+
+The step is that of the shared MLP (`_mlp.py`) under adam, with 90 % of every kernel pruned; beside it stands the plain
+adam step. The threshold's peer is `jnp.sort` of all weights as one array.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import _mlp as mlp
+from benchmarks._harness import Figure, Figures, Stepper, benchmark, compiled_bytes, exact, paired
+from jaxcompress import prune
+
+PLAIN = "plain adam step"
+RULES = {"kernel$": 0.9}
+ALWAYS = prune.Schedule(lambda step: step >= 0, lambda step: 1 - 1 / (step + 2.0))  # another sparsity at every step
+
+
+def _tx(schedule: prune.Schedule | None) -> optax.GradientTransformation:
+    adam = optax.adam(1e-3)
+    return adam if schedule is None else optax.chain(adam, prune.sparsify(RULES, schedule))
+
+
+def _stepper(schedule: prune.Schedule | None) -> Stepper:
+    return Stepper(mlp.train_step(_tx(schedule)), mlp.init(_tx(schedule)), mlp.batch())
+
+
+def _bytes(schedule: prune.Schedule | None) -> dict[str, int]:
+    return compiled_bytes(mlp.train_step(_tx(schedule)), mlp.init(_tx(schedule)), mlp.batch())
+
+
+def _held(sizes: dict[str, int]) -> int:
+    """What the step holds at once: arguments, temporaries, and outputs that are not arguments' buffers."""
+    return sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"]
+
+
+@benchmark("prune.step")
+def _step(rounds: int) -> Figures:
+    """Train step with masks and no mask update, against the plain adam step; and the compiled bytes of both."""
+    pruning = _stepper(prune.one_shot())
+    pruning()  # the masks are made here: nine of ten weights are pruned in every step that is timed
+    ours, plain = _bytes(prune.one_shot()), _bytes(None)
+    return {
+        "": paired(pruning, _stepper(None), PLAIN, rounds, seconds=0.5),
+        "bytes": exact(_held(ours) / _held(plain), "x", PLAIN, ours=ours, plain=plain),
+        "temp": exact(ours["temp"] / plain["temp"], "x", PLAIN),
+    }
+
+
+@benchmark("prune.mask_update")
+def _mask_update(rounds: int) -> Figures:
+    """Train step that computes every mask anew, against the plain adam step."""
+    return paired(_stepper(ALWAYS), _stepper(None), PLAIN, rounds, seconds=0.5)
+
+
+@benchmark("prune.memory")
+def _memory(rounds: int) -> Figures:
+    """Temporary bytes of the transformation's update alone, with its mask update, against the largest leaf."""
+    tx, (weights, _) = prune.sparsify(RULES, ALWAYS), mlp.init(_tx(None))
+    sizes = compiled_bytes(jax.jit(tx.update, donate_argnums=(0, 1)), weights, tx.init(weights), weights)
+    largest = max(x.nbytes for x in jax.tree.leaves(weights))
+    return exact(sizes["temp"] / largest, "x", "bytes of the largest leaf", temp=sizes["temp"], largest=largest)
+
+
+def _weights(size: int) -> list[jax.Array]:
+    """Gaussian weights in four leaves of different scale."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (size // 4096, 1024)) * 0.02 * (i + 1) for i, key in enumerate(keys)]
+
+
+@jax.jit
+def _by_sort(weights: list[jax.Array]) -> jax.Array:
+    scores = jnp.sort(jnp.concatenate([jnp.abs(x).ravel() for x in weights]))
+    return scores[round(0.9 * scores.size) - 1]
+
+
+def _threshold(size: int, rounds: int) -> Figure:
+    weights = _weights(size)
+    if prune.threshold(weights, 0.9) != _by_sort(weights):
+        raise AssertionError("the threshold is not the one that sorting finds")
+    times = paired(
+        lambda: _by_sort(weights), lambda: prune.threshold(weights, 0.9), "jnp.sort", rounds, calls=1, weights=size
+    )
+    detail = {"ms": times.detail["baseline_ms"], "baseline_ms": times.detail["ms"], "weights": size}
+    return Figure(times.value, "x faster", times.baseline, times.low, times.high, times.coverage, times.rounds, detail)
+
+
+@benchmark("prune.global_threshold")
+def _global_threshold(rounds: int) -> Figures:
+    """Exact global threshold of 10 M and 100 M weights against a sort (100 M: a third of the rounds)."""
+    return {"": _threshold(10 * 2**20, rounds), "100m": _threshold(100 * 2**20, max(1, rounds // 3))}
