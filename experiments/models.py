@@ -42,7 +42,9 @@ MODELS = {"convnet": Convnet}
 def describe(model: nn.Module) -> dict[str, Any]:
     """The model's name and arguments, as JSON types; `build` makes it again."""
     name = next(name for name, cls in MODELS.items() if type(model) is cls)
-    fields = {field: getattr(model, field) for field in type(model).__dataclass_fields__ if field not in ("parent", "name")}
+    fields = {
+        field: getattr(model, field) for field in type(model).__dataclass_fields__ if field not in ("parent", "name")
+    }
     return {"model": name, **fields}
 
 
@@ -54,4 +56,4 @@ def build(description: dict[str, Any]) -> nn.Module:
 
 def initialise(model: nn.Module, seed: int, image_shape: tuple[int, ...]) -> dict[str, Any]:
     """Fresh variables of a model for images of this shape, `[height, width, channels]`."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+    return dict(model.init(jax.random.key(seed), jnp.zeros((1, *image_shape))))

@@ -16,7 +16,9 @@ from experiments.models import build
 from jaxcompress import pack
 
 
-def evaluate(file: tyro.conf.Positional[Path], for_model: str, data: str = "digits", data_dir: Path | None = None) -> None:
+def evaluate(
+    file: tyro.conf.Positional[Path], for_model: str, data: str = "digits", data_dir: Path | None = None
+) -> None:
     """Evaluates a packed model on the test split.
 
     Args:

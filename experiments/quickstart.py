@@ -1,13 +1,13 @@
 """The main job, end to end: `python -m experiments.quickstart`.
 
 Trains a teacher on real digits, distils a student from it, prunes the student, fine-tunes it under fake quantization,
-converts it to integers, packs it into a file, and evaluates that file in a new process. Prints one table; writes it with
-a figure and the data to `--out`. `--seeds 5` repeats it, and compares what should be compared.
+converts it to integers, packs it into a file, and evaluates that file in a new process. Prints one table; writes it
+with a figure and the data to `--out`. `--seeds 5` repeats it, and compares what should be compared.
 
 Each stage goes on from the one before. The two students differ in nothing but the loss: architecture, initialisation,
-batches and their order, steps, and the search for a learning rate are the same. Both see the training images as they are;
-the teacher had shifted copies of them, dropout and batch normalisation besides, and what it learned from those is what
-distillation can hand on. Pruning and fake quantization go on with the teacher's help: the last stage is a pruning
+batches and their order, steps, and the search for a learning rate are the same. Both see the training images as they
+are; the teacher had shifted copies of them, dropout and batch normalisation besides, and what it learned from those is
+what distillation can hand on. Pruning and fake quantization go on with the teacher's help: the last stage is a pruning
 transformation, a fake-quantizing transform and a distillation loss in one step.
 """
 
@@ -15,7 +15,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from experiments._selection import Choice, select
 from experiments.data import Dataset, Split, batches, load
 from experiments.models import Convnet, describe, initialise
 from jaxcompress import distill, pack, prune, quantize, report, train
-from jaxcompress.arrays import Sparse, is_leaf
+from jaxcompress.arrays import Sparse
 
 Variables = Mapping[str, Any]
 
@@ -70,7 +70,9 @@ class Config:
     activation_bits: int = 8
 
 
-SHORT = Config(teacher_width=8, student_width=6, teacher_steps=60, student_steps=60, tune_steps=30, learning_rates=(1e-2,))
+SHORT = Config(
+    teacher_width=8, student_width=6, teacher_steps=60, student_steps=60, tune_steps=30, learning_rates=(1e-2,)
+)
 """A run of seconds, for tests and for a first look; its accuracies mean nothing."""
 
 COLUMNS = (
@@ -124,7 +126,9 @@ class Run:
 
         ramp = prune.polynomial(begin=0, end=c.tune_steps // 2, every=max(1, c.tune_steps // 40))
         pruning = prune.sparsify({COMPRESSED: c.sparsity}, ramp)
-        student = self.trained(PRUNED, self.student, c.tune_steps, optax.chain(self.adam(3e-3, c.tune_steps), pruning), teacher, student)
+        student = self.trained(
+            PRUNED, self.student, c.tune_steps, optax.chain(self.adam(3e-3, c.tune_steps), pruning), teacher, student
+        )
         self.record(PRUNED, self.student, jax.tree.map(lambda x: Sparse.from_dense(x) if x.ndim > 1 else x, student))
 
         rules = {COMPRESSED: quantize.Affine(c.bits, activation_bits=c.activation_bits)}
@@ -146,7 +150,9 @@ class Run:
         candidates = {}
         for rate in self.config.learning_rates:
             steps = self.config.student_steps
-            candidates[rate] = self.trained(f"{title}, rate {rate:g}", self.student, steps, self.adam(rate, steps), teacher)
+            candidates[rate] = self.trained(
+                f"{title}, rate {rate:g}", self.student, steps, self.adam(rate, steps), teacher
+            )
 
         def score(rate: float, validation: Split) -> float:
             return accuracy(self.student, candidates[rate], validation)
@@ -177,7 +183,9 @@ class Run:
             state = train.fit(step, state, data, steps=steps, frozen=teacher, on_metrics=on_metrics, log_every=10)
         return {"params": state.params, **state.extras}
 
-    def loss(self, model: nn.Module, distilled: bool, quantize_rules: Mapping[str, quantize.Affine] | None) -> train.LossFn:
+    def loss(
+        self, model: nn.Module, distilled: bool, quantize_rules: Mapping[str, quantize.Affine] | None
+    ) -> train.LossFn:
         """Cross entropy, or distillation, of the model or of its fake-quantized view."""
         c = self.config
         apply = model.apply if quantize_rules is None else quantize.fake(model.apply, quantize_rules)
@@ -189,7 +197,7 @@ class Run:
             variables, mutable = {"params": params, **context.extras}, list(context.extras)
             logits, extras = apply(variables, images, train=True, rngs={"dropout": context.key}, mutable=mutable)
             if distilled:
-                guidance = self.teacher.apply(context.frozen, images)
+                guidance: Any = self.teacher.apply(context.frozen, images)
                 losses = distill.distillation_loss(logits, guidance, labels, alpha=c.alpha, temperature=c.temperature)
             else:
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -249,7 +257,8 @@ def main(config: Config) -> _results.Result:
     print(report.table(shown, COLUMNS))
     for stated in result.comparisons:
         d = stated.difference
-        print(f"{stated.first} - {stated.second}: {d.mean:+.2f} points of test accuracy, 95% interval [{d.low:+.2f}, {d.high:+.2f}], {d.count} seeds")
+        interval = f"95% interval [{d.low:+.2f}, {d.high:+.2f}], {d.count} seeds"
+        print(f"{stated.first} - {stated.second}: {d.mean:+.2f} points of test accuracy, {interval}")
     print(f"written: {config.out}/quickstart.json, {config.out}/quickstart.png, {config.out}/seed*/")
     return result
 
@@ -270,7 +279,10 @@ def collected(config: Config, dataset: Dataset, runs: list[Run]) -> _results.Res
         source="no paper: each stage beside the one before",
         command=" ".join(["python -m experiments.quickstart", *changed]),
         selection="learning rates of both students by validation accuracy from one grid; all else fixed beforehand",
-        columns=[Column(c.key, c.title, int(c.form[1]) if c.form[0] == "." else 0) for c in (*COLUMNS, report.Column("nbytes", "bytes in memory"))],
+        columns=[
+            Column(c.key, c.title, int(c.form[1]) if c.form[0] == "." else 0)
+            for c in (*COLUMNS, report.Column("nbytes", "bytes in memory"))
+        ],
         rows=rows,
         choices=[choice for run in runs for choice in run.choices],
         pairs=[("accuracy", first, second) for first, second in pairs],

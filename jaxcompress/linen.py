@@ -25,6 +25,7 @@ class FakeQuantized(nn.Module):
     rules: Rules[quantize.Affine | None]
 
     def setup(self) -> None:
+        """Puts `inner`'s variables in this module's own place."""
         nn.share_scope(self, self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

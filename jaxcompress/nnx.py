@@ -1,6 +1,6 @@
 """Flax NNX wrappers: an NNX module as a pure function, and the library's function transforms as modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,14 +21,19 @@ def functional(module: nnx.Module) -> tuple[Callable[..., tuple[Any, Any]], Any,
       `apply(params, rest, *args, **kwargs) -> (out, rest)`; the parameters, as nested dicts of arrays; and all other
       state (batch statistics, random streams), as nested dicts too. `apply` leaves `module` as it is.
     """
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = _split(module)
 
     def apply(pure_params: Any, pure_rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = nnx.merge(graph, _filled(params, pure_params), _filled(rest, pure_rest))
         out = model(*args, **kwargs)
-        return out, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        return out, nnx.to_pure_dict(_split(model)[2])
 
     return apply, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
+    parts: Any = nnx.split(module, nnx.Param, ...)  # graph, parameters, all other state
+    return parts
 
 
 def _filled(state: Any, pure: Any) -> Any:
@@ -40,18 +45,19 @@ def _filled(state: Any, pure: Any) -> Any:
 class FakeQuantized(nnx.Module):
     """An NNX module that computes as `inner` does, under fake quantization. `inner` keeps its parameters as floats.
 
-        model = nnx.FakeQuantized(Net(rngs=rngs), rules=[("kernel$", quantize.Affine(bits=8, activation_bits=8))])
+    model = nnx.FakeQuantized(Net(rngs=rngs), rules=[("kernel$", quantize.Affine(bits=8, activation_bits=8))])
     """
 
     def __init__(self, inner: nnx.Module, rules: Rules[quantize.Affine | None]):
         self.inner = inner
-        self.rules = nnx.static(tuple(rules.items() if isinstance(rules, dict) else rules))
+        pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
+        self.rules: Any = nnx.static(tuple(pairs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`inner(*args, **kwargs)`, with the chosen weights and their inputs rounded."""
         apply, params, rest = functional(self.inner)
         out, rest = quantize.fake(apply, self.rules)(params, rest, *args, **kwargs)
-        state = nnx.split(self.inner, nnx.Param, ...)[2]
+        state = _split(self.inner)[2]
         nnx.replace_by_pure_dict(state, rest)
         nnx.update(self.inner, state)
         return out

@@ -1,7 +1,7 @@
 """What a model costs, measured: bytes, non-zeros, FLOPs, memory, latency; as a table, a figure and JSON.
 
-    row = report.Row("student", {"accuracy": 0.97, **report.cost(apply, params, images)._asdict()})
-    print(report.table([row], report.COST_COLUMNS))
+row = report.Row("student", {"accuracy": 0.97, **report.cost(apply, params, images)._asdict()})
+print(report.table([row], report.COST_COLUMNS))
 """
 
 import json
@@ -47,7 +47,8 @@ def cost(fn: Callable[..., Any], params: Any, *args: Any, rounds: int = 30) -> C
     args = jax.device_put(args)
     params = jax.device_put(params)
     compiled = jax.jit(compressed(fn)).lower(params, *args).compile()
-    analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    analysis: Any = compiled.cost_analysis() or {}
+    memory: Any = compiled.memory_analysis()
     jax.block_until_ready(compiled(params, *args))
     seconds = []
     for _ in range(rounds):
@@ -56,7 +57,12 @@ def cost(fn: Callable[..., Any], params: Any, *args: Any, rounds: int = 30) -> C
         seconds.append(time.perf_counter() - start)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Cost(
-        parameters(params), nonzeros(params), nbytes(params), float(analysis.get("flops", math.nan)), held, statistics.median(seconds)
+        parameters(params),
+        nonzeros(params),
+        nbytes(params),
+        float(analysis.get("flops", math.nan)),
+        held,
+        statistics.median(seconds),
     )
 
 
@@ -113,10 +119,15 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
 
     def line(texts: Sequence[str]) -> str:
-        first, *rest = (text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(texts, widths, strict=True)))
+        first, *rest = (
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(texts, widths, strict=True))
+        )
         return "| " + " | ".join([first, *rest]) + " |"
 
-    rule = "| " + " | ".join("-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)) + " |"
+    rule = (
+        "| " + " | ".join("-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)) + " |"
+    )
     return "\n".join([line(cells[0]), rule, *(line(texts) for texts in cells[1:])])
 
 
@@ -138,9 +149,15 @@ def write_json(path: str | os.PathLike[str], rows: Sequence[Row], **context: Any
 
 
 def figure(
-    path: str | os.PathLike[str], rows: Sequence[Row], *, x: str = "bytes", y: str = "accuracy", x_title: str = "", y_title: str = ""
+    path: str | os.PathLike[str],
+    rows: Sequence[Row],
+    *,
+    x: str = "bytes",
+    y: str = "accuracy",
+    x_title: str = "",
+    y_title: str = "",
 ) -> None:
-    """Draws the rows as points, `y` against `x` (logarithmic), each with its name, joined in order. Needs matplotlib."""
+    """Draws the rows as named points, `y` against `x` (logarithmic), joined in order. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no plotting on import, and no global state
     from matplotlib.figure import Figure
 
@@ -151,7 +168,15 @@ def figure(
     for i, (row, at_x, at_y) in enumerate(zip(rows, xs, ys, strict=True)):
         axes.scatter(at_x, at_y, zorder=2)
         above = i % 2 == 0
-        axes.annotate(row.name, (at_x, at_y), (0, 8 if above else -8), textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=9)
+        axes.annotate(
+            row.name,
+            (at_x, at_y),
+            (0, 8 if above else -8),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=9,
+        )
     axes.set_xscale("log")
     axes.margins(0.15)
     axes.set_xlabel(x_title or x)

@@ -41,7 +41,8 @@ def test_a_rule_shadowed_by_an_earlier_one_is_no_error():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "nearest"), [("Dense_1/kernal$", "Dense_1/kernel"), ("^Conv", "Conv_0/kernel"), ("embeding", "tok/embedding")]
+    ("pattern", "nearest"),
+    [("Dense_1/kernal$", "Dense_1/kernel"), ("^Conv", "Conv_0/kernel"), ("embeding", "tok/embedding")],
 )
 def test_an_unmatched_rule_names_the_nearest_paths(pattern, nearest):
     names = ["Dense_0/bias", "Dense_1/kernel", "tok/embedding", "params_Conv_0/kernel"]

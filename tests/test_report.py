@@ -76,4 +76,3 @@ def test_import_is_light():
     code = f"import sys, jaxcompress.{rooms}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-

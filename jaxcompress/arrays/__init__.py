@@ -5,7 +5,7 @@ or `Sparse` (a bit mask and the kept values). `compressed(model)` runs on such a
 arrays, and `nbytes(tree)` counts what it stores.
 """
 
-from jaxcompress.arrays import _control, _quantized_rules, _sparse_rules
+from jaxcompress.arrays import _control, _quantized_rules, _sparse_rules  # noqa: F401 (they register rules)
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
 from jaxcompress.arrays._products import quantize_input

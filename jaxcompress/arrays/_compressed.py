@@ -44,5 +44,5 @@ def compressed(fn: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
 
 
 def _marked(tree: Any, strict: bool) -> Any:
-    # the mark is part of the leaf's structure, so functions that JAX or quax have cached for lenient leaves don't serve strict ones
+    # the mark is part of the leaf's structure: what JAX or quax have cached for lenient leaves won't serve strict ones
     return jax.tree.map(lambda x: dataclasses.replace(x, strict=strict) if is_leaf(x) else x, tree, is_leaf=is_leaf)

@@ -7,9 +7,9 @@ quax interprets a function by a private trace. Four of its answers are completed
 * `custom_jvp`: quax takes leaves apart, and integer children then have no tangents that it could put together again;
 * `shard_map`: not seen through; the error says what to do.
 
-Both derivatives are restated as custom derivatives of a function of the leaves themselves, whose body runs under the same
-dispatch, so that rules apply inside. The trace is private: pyproject.toml pins quax 0.4, and the day quax answers by
-itself this file can go, with the tests in tests/arrays/test_arrays_control.py as its judge.
+Both derivatives are restated as custom derivatives of a function of the leaves themselves, whose body runs under the
+same dispatch, so that rules apply inside. The trace is private: pyproject.toml pins quax 0.4, and the day quax answers
+by itself this file can go, with the tests in tests/arrays/test_arrays_control.py as its judge.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,15 @@ def _remat(*args: ArrayLike | quax.ArrayValue, jaxpr: Any, prevent_cse: Any, pol
 
 
 def _custom_vjp(
-    self: Any, primitive: Any, fun: Any, fwd: Any, bwd: Any, tracers: Sequence[Any], *, out_trees: Any, symbolic_zeros: bool
+    self: Any,
+    primitive: Any,
+    fun: Any,
+    fwd: Any,
+    bwd: Any,
+    tracers: Sequence[Any],
+    *,
+    out_trees: Any,
+    symbolic_zeros: bool,
 ) -> Any:
     values = [_value(self, t) for t in tracers]
     with core.set_current_trace(self.parent_trace):
@@ -51,7 +59,8 @@ def _custom_vjp(
 
 def _shard_map(*_: Any, **__: Any) -> Any:
     raise NotImplementedError(
-        "compressed(fn) does not see through a shard_map inside fn: call compressed inside the function that shard_map maps"
+        "compressed(fn) does not see through a shard_map inside fn: "
+        "call compressed inside the function that shard_map maps"
     )
 
 

@@ -93,8 +93,8 @@ def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, A
     for x in values:
         if is_leaf(x) and x.strict:
             raise MadeDenseError(
-                f"a {type(x).__name__} weight of shape {x.shape} would be made dense by `{primitive}`, which has no rule "
-                f"for it here; register one (`jaxcompress.arrays.register`), or call `compressed` without strict=True"
+                f"a {type(x).__name__} weight of shape {x.shape} would be made dense by `{primitive}`, which has no "
+                f"rule for it here; register one (jaxcompress.arrays.register), or call compressed without strict=True"
             )
     _record(primitive, values, "dense")
     return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)

@@ -127,7 +127,11 @@ def constrain_like(child: Array, shape: Sequence[int], params: dict[str, Any]) -
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    return () if entry is None or entry is PartitionSpec.UNCONSTRAINED else (entry if isinstance(entry, tuple) else (entry,))
+    return (
+        ()
+        if entry is None or entry is PartitionSpec.UNCONSTRAINED
+        else (entry if isinstance(entry, tuple) else (entry,))
+    )
 
 
 def is_float(x: Any) -> bool:

@@ -61,7 +61,9 @@ class Quantized(Leaf):
             size, steps = codes.shape[axis], scale.shape[axis] if scale.ndim == codes.ndim else -1
             per_group = group is not None and group[0] == axis and steps == -(-size // group[1])
             if steps not in (1, size) and not per_group:
-                raise ValueError(f"scale of shape {scale.shape} does not fit codes of shape {codes.shape}, group={group}")
+                raise ValueError(
+                    f"scale of shape {scale.shape} does not fit codes of shape {codes.shape}, group={group}"
+                )
         codes = codes.astype(jnp.int8)
         return cls(
             values=pack_nibbles(codes) if bits == 4 else codes,

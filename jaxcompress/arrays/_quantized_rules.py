@@ -102,7 +102,11 @@ def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> A
     scale = jnp.expand_dims(w.scale, w_axis + 1)
     laid = along_output(scale, grouped.w_contract, grouped.w_batch, before=len(dims.x_free(x.ndim)), after=0)
     product = _dot_codes(
-        _split(x, x_axis, groups, size), w, lambda dtype: _split(w.centred(dtype), w_axis, groups, size), grouped, params
+        _split(x, x_axis, groups, size),
+        w,
+        lambda dtype: _split(w.centred(dtype), w_axis, groups, size),
+        grouped,
+        params,
     )
     return jnp.sum(product * laid, axis=len(dims.w_batch))
 
@@ -162,7 +166,11 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
         block_sizes = tuple(sizes[axis] if axis in looked_up else spread.shape[axis] for axis in range(w.ndim))
         if own:
             return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes})
-        kept = [axis for axis in range(w.ndim) if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+        kept = [
+            axis
+            for axis in range(w.ndim)
+            if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        ]
         out_ndim = len(numbers.offset_dims) + jnp.ndim(indices) - 1
         laid = [1] * out_ndim
         for out_axis, axis in zip(numbers.offset_dims, kept, strict=True):

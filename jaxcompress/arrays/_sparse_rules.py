@@ -1,7 +1,7 @@
 """What `Sparse` weights do without becoming dense: multiply and convolve tile by tile, look up rows, change shape.
 
-A tile is a few columns (places along the stored last axis). A product that keeps the columns makes a piece of its output
-from each; one that contracts them adds the pieces up.
+A tile is a few columns (places along the stored last axis). A product that keeps the columns makes a piece of its
+output from each; one that contracts them adds the pieces up.
 """
 
 import dataclasses
@@ -46,13 +46,16 @@ def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
     if not is_float(x) or params.get("out_sharding") is not None or last in dims.w_batch:
         return NotImplemented
     stored = dims._replace(
-        w_contract=tuple(w.order()[axis] for axis in dims.w_contract), w_batch=tuple(w.order()[axis] for axis in dims.w_batch)
+        w_contract=tuple(w.order()[axis] for axis in dims.w_contract),
+        w_batch=tuple(w.order()[axis] for axis in dims.w_batch),
     )
     out_dtype = params["preferred_element_type"] or x.dtype
     columns, wide = _columns(w), jnp.promote_types(out_dtype, jnp.float32)
 
     def multiply(x: Array, tile: Array, dtype: Any) -> Array:
-        return lax.dot_general(x, tile.astype(x.dtype), stored.numbers, precision=params["precision"], preferred_element_type=dtype)
+        return lax.dot_general(
+            x, tile.astype(x.dtype), stored.numbers, precision=params["precision"], preferred_element_type=dtype
+        )
 
     if last in dims.w_contract:
         x_axis = dims.x_contract[dims.w_contract.index(last)]
@@ -61,7 +64,11 @@ def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
         xs = jnp.moveaxis(padded.reshape(*x.shape[:x_axis], n_tiles, columns, *x.shape[x_axis + 1 :]), x_axis, 0)
         start = jax.eval_shape(lambda x: lax.dot_general(x, jnp.zeros(_stored_shape(w), x.dtype), stored.numbers), x)
         total, _ = scan_tiles(
-            w, columns, lambda total, tile: (total + multiply(tile[1], tile[0], wide), None), jnp.zeros(start.shape, wide), xs
+            w,
+            columns,
+            lambda total, tile: (total + multiply(tile[1], tile[0], wide), None),
+            jnp.zeros(start.shape, wide),
+            xs,
         )
         product = total.astype(out_dtype)
     else:
@@ -116,8 +123,12 @@ def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
     whole_rows = last not in looked_up and sizes[last] == w.length
     if w.permutation is not None or not whole_rows:
         return NotImplemented
-    bits = lax.gather_p.bind(w.mask, indices, **params | {"slice_sizes": (*sizes[:-1], w.mask.shape[-1]), "fill_value": 0})
-    starts = lax.gather_p.bind(w.row_starts()[..., None], indices, **params | {"slice_sizes": (*sizes[:-1], 1), "fill_value": 0})
+    bits = lax.gather_p.bind(
+        w.mask, indices, **params | {"slice_sizes": (*sizes[:-1], w.mask.shape[-1]), "fill_value": 0}
+    )
+    starts = lax.gather_p.bind(
+        w.row_starts()[..., None], indices, **params | {"slice_sizes": (*sizes[:-1], 1), "fill_value": 0}
+    )
     axis = numbers.offset_dims[-1]
     rows, _ = w.decode(unpack_bits(jnp.moveaxis(bits, axis, -1), w.length), jnp.moveaxis(starts, axis, -1)[..., 0])
     return jnp.moveaxis(rows, -1, axis)

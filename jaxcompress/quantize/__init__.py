@@ -1,7 +1,7 @@
 """From float weights to integers: fake quantization while training, and conversion after.
 
-A grid is an `Affine` (bits, which axes have scales of their own, symmetric or not). `fake(apply, rules)` trains under the
-grids that `rules` give to parameters by path; `convert(params, rules)` then makes the `Quantized` leaves that
+A grid is an `Affine` (bits, which axes have scales of their own, symmetric or not). `fake(apply, rules)` trains under
+the grids that `rules` give to parameters by path; `convert(params, rules)` then makes the `Quantized` leaves that
 `jaxcompress.compressed` runs.
 """
 

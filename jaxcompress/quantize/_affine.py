@@ -49,7 +49,7 @@ class Affine:
         return (-top, top) if self.symmetric else (-top - 1, top)
 
 
-def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantized:  # noqa: B008 (frozen)
+def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantized:
     """The weight on `spec`'s grid, as a compressed leaf: round to nearest, ties to even.
 
     The dense value is within half a step of the weight; a block of zeros (or of subnormals) becomes exact zeros.

@@ -23,9 +23,9 @@ R = TypeVar("R")
 def fake(fn: Callable[P, R], rules: Rules[Affine | None]) -> Callable[P, R]:
     """`fn` with the weights that `rules` choose rounded to their grid, and the inputs that meet them too.
 
-    The parameters stay floats, in their own tree: optimizer state and checkpoints don't change. Rounding happens inside,
-    and gradients pass straight through it. Nothing else in the process is touched: another call of `fn` itself, a
-    teacher's, say, is as it was.
+    The parameters stay floats, in their own tree: optimizer state and checkpoints don't change. Rounding happens
+    inside, and gradients pass straight through it. Nothing else in the process is touched: another call of `fn`
+    itself, a teacher's, say, is as it was.
 
     Args:
       fn: a function whose first argument is a tree of parameters: a Linen module's `apply`, a loss.
@@ -54,7 +54,9 @@ def _view(weight: Any, spec: Affine | None) -> Any:
     if spec is None:
         return weight
     if is_leaf(weight):
-        raise TypeError(f"a {type(weight).__name__} weight is compressed already; fake quantization takes float weights")
+        raise TypeError(
+            f"a {type(weight).__name__} weight is compressed already; fake quantization takes float weights"
+        )
     rounded = fake_quantize(weight, spec)
     return rounded if spec.activation_bits is None else FakeQuantized(rounded, spec.activation_bits)
 

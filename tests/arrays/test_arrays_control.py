@@ -17,7 +17,9 @@ def product_vjp(x, w):
     return x @ w
 
 
-product_vjp.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (2.0 * g @ r[1].T, 3.0 * r[0].T @ g))  # told apart by 2 and 3
+product_vjp.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda r, g: (2.0 * g @ r[1].T, 3.0 * r[0].T @ g)
+)  # told apart by 2 and 3
 
 
 @jax.custom_jvp
@@ -62,7 +64,11 @@ MODELS = {
     "custom_jvp": product_jvp,
     "custom_jvp in remat": jax.checkpoint(product_jvp),
 }
-LEAVES = {"int8": lambda: quantized((8, 8)), "int4 asymmetric": lambda: quantized((8, 8), bits=4, asymmetric=True), "sparse": lambda: sparse((8, 8))}
+LEAVES = {
+    "int8": lambda: quantized((8, 8)),
+    "int4 asymmetric": lambda: quantized((8, 8), bits=4, asymmetric=True),
+    "sparse": lambda: sparse((8, 8)),
+}
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -86,7 +92,9 @@ def test_forward_and_gradient(name, leaf, rng):
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_while_loop(leaf, rng):
     w, x = LEAVES[leaf](), jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
-    np.testing.assert_allclose(jax.jit(compressed(in_while, strict=True))(x, w), in_while(x, dense(w)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(compressed(in_while, strict=True))(x, w), in_while(x, dense(w)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,5 +137,7 @@ def test_a_custom_derivative_of_the_weight_itself(rng):
     def loss(weight, scale):
         return jnp.sum(jnp.sin(jax.nn.silu(weight(dataclasses.replace(w, scale=scale)))))
 
-    got = jax.grad(lambda s: compressed(lambda w: jnp.sum(jnp.sin(jax.nn.silu(w))))(dataclasses.replace(w, scale=s)))(w.scale)
+    got = jax.grad(lambda s: compressed(lambda w: jnp.sum(jnp.sin(jax.nn.silu(w))))(dataclasses.replace(w, scale=s)))(
+        w.scale
+    )
     np.testing.assert_allclose(got, jax.grad(lambda s: loss(dense, s))(w.scale), rtol=1e-4, atol=1e-4)

@@ -47,7 +47,18 @@ def tile(request, monkeypatch):
         lambda x, w: jnp.einsum("bhi,hio->bho", x.reshape(-1, 3, 4), w.reshape(3, 4, 10)),
         lambda x, w: x @ w[None].squeeze(0) if False else x @ lax.squeeze(w.reshape(1, 12, 10), [0]),
     ],
-    ids=["matmul", "vector", "einsum", "weight first", "transposed", "tied", "split out", "two contracted", "batched", "squeeze"],
+    ids=[
+        "matmul",
+        "vector",
+        "einsum",
+        "weight first",
+        "transposed",
+        "tied",
+        "split out",
+        "two contracted",
+        "batched",
+        "squeeze",
+    ],
 )
 def test_products(kind, fn, tile):
     hits = check(fn, values((6, 12)), KINDS[kind]((12, 10)))
@@ -74,8 +85,12 @@ def test_any_dot_general(data):
     n_x, n_w = data.draw(st.integers(0, 2)), data.draw(st.integers(0 if n_batch + n_contract else 1, 2))
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=8, max_size=8))
     batch, contract = sizes[:n_batch], sizes[2 : 2 + n_contract]
-    x_labels = [("b", i) for i in range(n_batch)] + [("c", i) for i in range(n_contract)] + [("x", i) for i in range(n_x)]
-    w_labels = [("b", i) for i in range(n_batch)] + [("c", i) for i in range(n_contract)] + [("w", i) for i in range(n_w)]
+    x_labels = (
+        [("b", i) for i in range(n_batch)] + [("c", i) for i in range(n_contract)] + [("x", i) for i in range(n_x)]
+    )
+    w_labels = (
+        [("b", i) for i in range(n_batch)] + [("c", i) for i in range(n_contract)] + [("w", i) for i in range(n_w)]
+    )
     x_labels, w_labels = data.draw(st.permutations(x_labels)), data.draw(st.permutations(w_labels))
     size = {("b", i): n for i, n in enumerate(batch)} | {("c", i): n for i, n in enumerate(contract)}
     size |= {("x", i): sizes[4 + i] for i in range(n_x)} | {("w", i): sizes[6 + i] for i in range(n_w)}
@@ -89,9 +104,7 @@ def test_any_dot_general(data):
         def where(kind, n, labels):
             return tuple(labels.index((kind, i)) for i in range(n))
 
-        return tuple(
-            (where(kind, n, first), where(kind, n, second)) for kind, n in (("c", n_contract), ("b", n_batch))
-        )
+        return tuple((where(kind, n, first), where(kind, n, second)) for kind, n in (("c", n_contract), ("b", n_batch)))
 
     check(lambda x, w: lax.dot_general(x, w, numbers(x_labels, w_labels)), x, w, strict=False)
     check(lambda x, w: lax.dot_general(w, x, numbers(w_labels, x_labels)), x, w, strict=False)
@@ -161,7 +174,12 @@ def test_a_sparse_product_does_not_build_the_weight():
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_compute(kind):
     """A float32 weight cast to bfloat16 stays compressed, and multiplies as closely as bfloat16 allows."""
-    hits = check(lambda x, w: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16), values((6, 12)), KINDS[kind]((12, 10)), tolerance=0.02)
+    hits = check(
+        lambda x, w: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16),
+        values((6, 12)),
+        KINDS[kind]((12, 10)),
+        tolerance=0.02,
+    )
     assert not any(how == "dense" for *_, how in hits)
 
 
@@ -172,7 +190,11 @@ def test_gradients(kind):
 
     def loss(x, part):
         weight = {**w.fields()[0], trained: part}
-        w_now = type(w)(**weight, **w.fields()[1]) if kind == "sparse" else type(w)(**{"zero_point": None, **weight}, **w.fields()[1])
+        w_now = (
+            type(w)(**weight, **w.fields()[1])
+            if kind == "sparse"
+            else type(w)(**{"zero_point": None, **weight}, **w.fields()[1])
+        )
         return x, w_now
 
     def fast(x, part):

@@ -19,6 +19,7 @@ def mesh(kind=AxisType.Auto):
 
 def place(w, spec, on):
     """Each child under `spec`, whole along the axes that it has no elements to divide."""
+
     def put(child):
         fits = [name if child.shape[i] > 1 else None for i, name in enumerate(spec)]
         return jax.device_put(child, NamedSharding(on, P(*fits)))
@@ -28,14 +29,19 @@ def place(w, spec, on):
 
 def collectives(fn, *args):
     text = jax.jit(fn).lower(*args).compile().as_text()
-    return sorted(re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text))
+    return sorted(
+        re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("axes", "group", "asymmetric"), [((-1,), None, False), ((-1,), None, True), ((), None, False), ((-1,), (-2, 8), False)]
+    ("axes", "group", "asymmetric"),
+    [((-1,), None, False), ((-1,), None, True), ((), None, False), ((-1,), (-2, 8), False)],
 )
-@pytest.mark.parametrize(("spec", "expected"), [((None, "model"), []), (("model", None), ["all-reduce"])], ids=["columns", "rows"])
+@pytest.mark.parametrize(
+    ("spec", "expected"), [((None, "model"), []), (("model", None), ["all-reduce"])], ids=["columns", "rows"]
+)
 def test_products(bits, axes, group, asymmetric, spec, expected, rng):
     """Columns divided: nothing to tell each other. Rows divided: one sum, of the output."""
     x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
@@ -48,7 +54,9 @@ def test_products(bits, axes, group, asymmetric, spec, expected, rng):
     assert collectives(fn, x_on, w_on) == expected
 
 
-@pytest.mark.parametrize("w", [quantized((64, 64)), quantized((64, 64), bits=4), sparse((64, 64))], ids=["int8", "int4", "sparse"])
+@pytest.mark.parametrize(
+    "w", [quantized((64, 64)), quantized((64, 64), bits=4), sparse((64, 64))], ids=["int8", "int4", "sparse"]
+)
 def test_sharding_constraint_on_a_compressed_weight(w, rng):
     on = mesh()
     x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
@@ -87,7 +95,9 @@ def test_inside_shard_map(rng):
 
 def test_an_inner_shard_map_says_what_to_do(rng):
     on = mesh()
-    inner = jax.shard_map(lambda x, w: x @ w, mesh=on, in_specs=(P("data"), P(None, "model")), out_specs=P("data", "model"))
+    inner = jax.shard_map(
+        lambda x, w: x @ w, mesh=on, in_specs=(P("data"), P(None, "model")), out_specs=P("data", "model")
+    )
     with pytest.raises(NotImplementedError, match="inside"):
         compressed(inner)(jnp.ones((16, 64)), quantized((64, 64)))
 

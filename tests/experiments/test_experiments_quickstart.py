@@ -24,13 +24,14 @@ def run(tmp_path_factory):
 def test_a_row_a_stage_and_what_it_says_is_on_the_disk(run):
     out, result = run
     rows = {row.name: row for row in result.rows}
-    assert list(rows) == [
-        "teacher", "teacher of half the width", "student from scratch", "student distilled", "+ pruned", "+ quantized", "+ packed file",
-    ]  # fmt: skip
+    stages = ["teacher", "teacher of half the width", "student from scratch", "student distilled"]
+    assert list(rows) == [*stages, "+ pruned", "+ quantized", "+ packed file"]
     for seed in (0, 1):
         packed = out / f"seed{seed}" / "packed.jxc"
         assert rows["+ packed file"].ours["bytes"].values[seed] == packed.stat().st_size
-        assert rows["teacher"].ours["bytes"].values[seed] == (out / f"seed{seed}" / "teacher.safetensors").stat().st_size
+        assert (
+            rows["teacher"].ours["bytes"].values[seed] == (out / f"seed{seed}" / "teacher.safetensors").stat().st_size
+        )
         tree = pack.load(packed)
         assert isinstance(tree["params"]["Dense_0"]["kernel"], Quantized)
         assert rows["+ packed file"].ours["nonzeros"].values[seed] == report.nonzeros(tree)

@@ -13,7 +13,9 @@ from jaxcompress.quantize import Affine, convert, fake_quantize, quantize
 weights = hnp.arrays(
     np.float32,
     st.sampled_from([(1,), (7,), (1, 5), (5, 4), (3, 4, 2)]),  # few shapes, for each is compiled anew
-    elements=st.one_of(st.floats(-10, 10, width=32), st.floats(width=32, allow_nan=False, allow_infinity=False), st.just(0.0)),
+    elements=st.one_of(
+        st.floats(-10, 10, width=32), st.floats(width=32, allow_nan=False, allow_infinity=False), st.just(0.0)
+    ),
 )
 
 
@@ -134,7 +136,7 @@ def test_convert_chooses_by_path_and_names_what_fails():
     with pytest.raises(UnmatchedRuleError, match="a/kernel"):
         convert(params, {"kernels$": Affine()})
     params["b"]["kernel"] = jnp.full((2, 3), jnp.inf)
-    with pytest.raises(ValueError, match="cannot quantize 'b/kernel'.*non-finite"):
+    with pytest.raises(ValueError, match=r"cannot quantize 'b/kernel'.*non-finite"):
         convert(params, {"kernel$": Affine()})
     with pytest.raises(TypeError, match="Quantized already"):
         convert(out, {"a/kernel": Affine()})

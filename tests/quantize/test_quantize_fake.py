@@ -147,7 +147,9 @@ def test_gradients_reach_float_parameters_and_training_works(net):
     labels = jnp.arange(4)
 
     def loss(params):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply({"params": params, **rest}, x), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply({"params": params, **rest}, x), labels
+        ).mean()
 
     fake_loss = quantize.fake(loss, {"kernel$": quantize.Affine(4, activation_bits=8)})
     first, state = float(fake_loss(params)), tx.init(params)
@@ -246,7 +248,7 @@ def test_nnx_wrapper_trains_and_keeps_its_state(net):
 
 def test_refuses(net):
     model, variables, x = net
-    with pytest.raises(UnmatchedRuleError, match="nearest paths: .*Conv_0/kernel"):
+    with pytest.raises(UnmatchedRuleError, match=r"nearest paths: .*Conv_0/kernel"):
         quantize.fake(model.apply, {"Conv_0/kernels": SPEC})(variables, x)
     with pytest.raises(TypeError, match="compressed already"):
         quantize.fake(model.apply, RULES)(quantize.convert(variables, RULES), x)
