@@ -89,15 +89,13 @@ class Sparse(Leaf):
         found = jnp.take(flat, jnp.clip(places - 1, 0, flat.size - 1), axis=0)
         return jnp.where(bits, found, jnp.zeros((), flat.dtype)), places[..., -1]
 
-    def tiles(self, columns: int) -> tuple[Array, int]:
-        """The mask in tiles of `columns` (a multiple of 8) of its last axis; and by how many the last is padded."""
+    def tiles(self, columns: int) -> Array:
+        """The mask, padded and cut into tiles of `columns` (a multiple of 8) of its last axis, stacked in front."""
         per_tile = columns // 8
         n_tiles = -(-self.mask.shape[-1] // per_tile)
         padding = n_tiles * per_tile - self.mask.shape[-1]
         padded = jnp.pad(self.mask, [(0, 0)] * (self.mask.ndim - 1) + [(0, padding)])
-        return jnp.moveaxis(
-            padded.reshape(*self.mask.shape[:-1], n_tiles, per_tile), -2, 0
-        ), n_tiles * columns - self.length
+        return jnp.moveaxis(padded.reshape(*self.mask.shape[:-1], n_tiles, per_tile), -2, 0)
 
 
 def scan_tiles(w: Sparse, columns: int, body: Any, carry: Any, xs: Any = None) -> tuple[Any, Any]:
@@ -114,6 +112,5 @@ def scan_tiles(w: Sparse, columns: int, body: Any, carry: Any, xs: Any = None) -
         carry, out = body(carry, (tile, x))
         return (starts, carry), out
 
-    tiles, _ = w.tiles(columns)
-    (_, carry), out = jax.lax.scan(step, (w.row_starts(), carry), (tiles, xs))
+    (_, carry), out = jax.lax.scan(step, (w.row_starts(), carry), (w.tiles(columns), xs))
     return carry, out
