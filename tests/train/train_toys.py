@@ -26,33 +26,40 @@ class Student(nn.Module):
         return nn.Dense(CLASSES)(x)
 
 
-class Teacher(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Dense(64, dtype=jnp.bfloat16)(x.reshape(len(x), -1)))
-        return nn.Dense(CLASSES, dtype=jnp.bfloat16)(x)
+def teach(variables: Any, x: jax.Array) -> jax.Array:
+    """The teacher's logits, computed in the dtype that its variables have."""
+    dense, out = variables["params"]["Dense_0"], variables["params"]["Dense_1"]
+    x = jax.nn.relu(x.reshape(len(x), -1).astype(dense["kernel"].dtype) @ dense["kernel"] + dense["bias"])
+    return x @ out["kernel"] + out["bias"]
+
+
+def draw(shapes: Any, seed: int) -> Any:
+    """Variables drawn by NumPy: Flax's initialisers take seconds to compile."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, x: Any) -> np.ndarray:
+        if path[-1].key == "kernel":
+            return (rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[:-1]))).astype(np.float32)
+        return np.full(x.shape, path[-1].key in ("scale", "var"), np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def teacher_variables(dtype: Any = jnp.bfloat16) -> Any:
+    shapes = {
+        "Dense_0": {"kernel": np.empty((SIZE * SIZE, 64)), "bias": np.empty(64)},
+        "Dense_1": {"kernel": np.empty((64, CLASSES)), "bias": np.empty(CLASSES)},
+    }
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), {"params": draw(shapes, 7)})
 
 
 @functools.cache
-def _initial() -> Any:
-    """The student's and the teacher's variables, drawn by NumPy: Flax's initialisers take seconds to compile."""
-    x, rng = jnp.zeros((1, SIZE, SIZE, 1)), np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda: [Student().init(jax.random.key(0), x, False), Teacher().init(jax.random.key(0), x)])
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        if path[-1].key == "kernel":
-            return (rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))).astype(leaf.dtype)
-        return np.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def teacher_variables() -> Any:
-    return jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), _initial()[1])
+def _shapes() -> Any:
+    return jax.eval_shape(lambda: Student().init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 1)), training=False))
 
 
 def create(tx: optax.GradientTransformation) -> train.TrainState:
-    variables = _initial()[0]
+    variables = draw(_shapes(), 1)
     extras = {"batch_stats": variables["batch_stats"]}
     return train.TrainState.create(variables["params"], tx, extras=extras, key=jax.random.key(2))
 
@@ -64,7 +71,7 @@ def loss_fn(params: Any, batch: Any, context: train.Context) -> Any:
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     if context.frozen is None:
         return hard.mean(), {}, extras
-    soft = jax.nn.softmax(Teacher().apply(context.frozen, batch["image"]).astype(jnp.float32) / 2)
+    soft = jax.nn.softmax(teach(context.frozen, batch["image"]).astype(jnp.float32) / 2)
     loss = (hard + 4 * optax.losses.softmax_cross_entropy(logits / 2, soft)).mean()
     return loss, {"accuracy": (logits.argmax(-1) == batch["label"]).mean()}, extras
 
