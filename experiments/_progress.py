@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 
@@ -14,11 +14,10 @@ def bar(title: str, steps: int, console: Console | None = None) -> Iterator[OnMe
     """A bar of `steps`; yields what `jaxcompress.train.fit` takes as `on_metrics`."""
     columns = (
         TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=8),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:7.4f}  accuracy {task.fields[accuracy]:6.2%}"),
-        TimeElapsedColumn(),
-    )
+        TextColumn("loss {task.fields[loss]:6.4f} acc {task.fields[accuracy]:4.0%}"),
+    )  # 80 columns
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, loss=float("nan"), accuracy=float("nan"))
 

@@ -165,7 +165,8 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
         spread = w.spread(per_block)
         block_sizes = tuple(sizes[axis] if axis in looked_up else spread.shape[axis] for axis in range(w.ndim))
         if own:
-            return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes})
+            fill = params["fill_value"] if is_float(spread) else 0  # the dense table's may be NaN
+            return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes, "fill_value": fill})
         kept = [
             axis
             for axis in range(w.ndim)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 
 
+Optimizer = optax.GradientTransformation | optax.MultiSteps
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -29,9 +32,7 @@ class TrainState:
     """The typed key of the whole run. It never changes: a step's own key is this one with the step folded in."""
 
     @classmethod
-    def create(
-        cls, params: Any, tx: optax.GradientTransformation, *, key: jax.Array, extras: Any = None
-    ) -> "TrainState":
+    def create(cls, params: Any, tx: Optimizer, *, key: jax.Array, extras: Any = None) -> "TrainState":
         """A state at step 0. It owns its buffers: `params`, `extras` and `key` are copied and outlive its donation.
 
         Under `jax.jit(..., out_shardings=shardings(...))` nothing is copied, and each device makes only its own part.
@@ -71,8 +72,7 @@ def split(params: Any) -> tuple[Any, Any]:
 
 def owned(x: Any) -> jax.Array:
     """A copy with a dtype of its own: a weak one would make the second step compile again."""
-    x = jnp.array(x, copy=True)
-    return strong(x)
+    return strong(jnp.array(x, copy=True))
 
 
 def strong(x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress.paths import path_name
 from jaxcompress.train._sharding import on_mesh, shard_batch
-from jaxcompress.train._state import TrainState, split, strong
+from jaxcompress.train._state import Optimizer, TrainState, split, strong
 
 
 class Context(NamedTuple):
@@ -35,7 +35,7 @@ next step's extras (`context.extras` itself where nothing changes)."""
 
 def make_step(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
     batch_axis: str | tuple[str, ...] = "data",
     grad_norm: bool = False,
@@ -79,7 +79,7 @@ class Step:
     def __init__(
         self,
         loss_fn: LossFn,
-        tx: optax.GradientTransformation,
+        tx: Optimizer,
         batch_axis: str | tuple[str, ...] = "data",
         grad_norm: bool = False,
     ):

@@ -100,16 +100,39 @@ def test_the_state_is_donated_and_nothing_else():
 
 
 def test_an_optimizer_that_keeps_the_parameters_can_be_donated():
-    """A donated buffer must not stand in the state twice: some optimizers keep the parameters as they are."""
-    keeps = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, params))
-    tx = optax.chain(keeps, optax.contrib.schedule_free_adamw(1e-2))
-    state = train.TrainState.create(jnp.ones(3), tx, key=jax.random.key(0))
-    step = train.make_step(lambda p, b, c: (jnp.sum(p**2), {}, c.extras), tx)
-    losses = []
+    """A buffer must not stand in a donated state twice, and this average begins as the parameters themselves."""
+    average = optax.GradientTransformation(
+        lambda params: params,
+        lambda updates, mean, params: (updates, jax.tree.map(lambda m, p: (m + p) / 2, mean, params)),
+    )
+    tx = optax.chain(average, optax.sgd(1.0))
+    state, step = train.TrainState.create(jnp.zeros(()), tx, key=jax.random.key(0)), train.make_step(ascend, tx)
     for _ in range(3):
-        state, metrics = step(state, None)
-        losses.append(float(metrics["loss"]))
-    assert losses[2] < losses[1] < losses[0]
+        state, _ = step(state, None)
+    assert (float(state.params), float(state.opt_state[0])) == (3, (0 / 8) + 0 / 4 + 1 / 4 + 2 / 2)
+
+
+def ascend(params, batch, context):
+    return -params, {}, context.extras
+
+
+def test_weakly_typed_extras_do_not_compile_the_step_twice():
+    tx, traces = optax.sgd(0.1), Counter()
+
+    def loss(params, batch, context):
+        traces["loss"] += 1
+        return params, {}, {"was weak": jnp.float32(1), "is weak": jnp.asarray(1.0), "python": 2}
+
+    extras = {"was weak": jnp.asarray(0.0), "is weak": jnp.float32(0), "python": 0}
+    assert extras["was weak"].weak_type and not extras["is weak"].weak_type
+    state, step = (
+        train.TrainState.create(jnp.ones(()), tx, extras=extras, key=jax.random.key(0)),
+        train.make_step(loss, tx),
+    )
+    for _ in range(3):
+        state, _ = step(state, None)
+    assert traces["loss"] == 1
+    assert {name: float(x) for name, x in state.extras.items()} == {"was weak": 1, "is weak": 1, "python": 2}
 
 
 def _flops(fn, *args):
@@ -303,8 +326,10 @@ def test_a_constraint_inside_the_model_finds_the_mesh():
         return jnp.mean(hidden**2), {}, context.extras
 
     state = train.shard(train.TrainState.create(jnp.ones((4, 2)), tx, key=jax.random.key(0)), mesh)
-    _, metrics = train.make_step(loss, tx)(state, np.ones((8, 4), np.float32))
+    place = state.params.sharding
+    state, metrics = train.make_step(loss, tx)(state, np.ones((8, 4), np.float32))
     assert float(metrics["loss"]) == pytest.approx(16)
+    assert state.params.sharding == place  # its gradient came divided over `model`
 
 
 def test_a_state_can_be_made_in_its_place():
