@@ -52,6 +52,7 @@ def fit(
     checkpoint_every: int | None = None,
     on_metrics: Callable[[int, dict[str, float]], None] | None = None,
     log_every: int = 1,
+    stop_at_nonfinite: bool = True,
 ) -> TrainState:
     """Trains until the state has taken `steps` steps, resuming where an earlier call was cut off.
 
@@ -60,8 +61,8 @@ def fit(
     on the same devices. A call for steps that are taken already returns the restored state. So early stopping, or one
     more round, is a loop around `fit` with growing `steps`.
 
-    The host runs ahead of the devices by a step or two and reads a step's metrics when the devices are through with
-    it: nothing waits, and a loss that is not finite still stops the run at once, by its step's number.
+    The host runs ahead of the devices by two steps and reads a step's metrics when the devices are through with it: so
+    nothing waits, and a loss that is not finite stops the run within two steps, named by its own.
 
     Args:
       step: as `make_step` makes it.
@@ -75,9 +76,12 @@ def fit(
       checkpoint_every: after how many steps to save; also after the last one. By default only then.
       on_metrics: called with a step's number (the first is 1) and its metrics, in order, on every process.
       log_every: it is called for every step that this divides, those of an evaluation or a checkpoint, and the last.
+      stop_at_nonfinite: `False` goes on after a loss that is not finite, for an optimizer that skips such a step
+        (`optax.apply_if_finite`). Parameters that are not finite are never saved or returned.
 
     Raises:
-      NonFiniteError: the loss of a step, named in the message, or the parameters about to be saved, are not finite.
+      NonFiniteError: the loss of a step, which the message names, or the parameters about to be saved or returned, are
+        not finite.
       ValueError: the batches end before the last step.
       TypeError: `checkpoints` with an iterator that has no position to save.
     """
@@ -99,7 +103,7 @@ def fit(
             if (saved.latest_step() or 0) > int(state.step):
                 state, position = saved.restore(state, release=True)
                 batches.set_state(position)  # type: ignore[attr-defined]
-        reader = _Reader(on_metrics)
+        reader = _Reader(on_metrics, stop_at_nonfinite)
         for n in range(int(state.step) + 1, steps + 1):
             state, metrics = step(state, _next(batches, n, steps), frozen)
             evaluates = eval_fn is not None and due(n, eval_every)
@@ -120,9 +124,10 @@ def fit(
 class _Reader:
     """Metrics on their way from the devices: read in order, checked, and handed on."""
 
-    def __init__(self, on_metrics: Callable[[int, dict[str, float]], None] | None):
+    def __init__(self, on_metrics: Callable[[int, dict[str, float]], None] | None, stop_at_nonfinite: bool):
         self._pending: deque[tuple[int, Mapping[str, Any], dict[str, float], bool]] = deque()
         self._on_metrics = on_metrics
+        self._stop_at_nonfinite = stop_at_nonfinite
         self.last: dict[str, float] = {}
 
     def add(self, n: int, metrics: Mapping[str, Any], reported: bool) -> None:
@@ -137,7 +142,7 @@ class _Reader:
         while len(self._pending) > count:
             n, metrics, evaluated, reported = self._pending.popleft()
             loss = float(metrics["loss"])
-            if not math.isfinite(loss):
+            if self._stop_at_nonfinite and not math.isfinite(loss):
                 raise NonFiniteError(f"the loss of step {n} is {loss}; all steps before it had a finite one")
             if reported:
                 values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}

@@ -1,13 +1,12 @@
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
-
-Optimizer = optax.GradientTransformation | optax.MultiSteps
+Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
 
 
 @jax.tree_util.register_dataclass

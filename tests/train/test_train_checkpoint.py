@@ -151,6 +151,12 @@ def test_a_damaged_checkpoint_is_not_restored_in_part(damage, tmp_path):
         checkpoints.restore(make(params=params))
 
 
+def test_positions_of_another_number_of_processes(tmp_path):
+    """Two processes' positions that are equal serve one process too (`test_train_processes.py`); others do not."""
+    with train.Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="positions of 2 processes, which"):
+        checkpoints._position(3, [{"next_index": 1}, {"next_index": 2}])
+
+
 def test_options_that_cannot_be_followed(tmp_path):
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         train.Checkpoints(tmp_path, keep_last=0)

@@ -200,6 +200,22 @@ def test_a_loss_that_is_not_finite_is_named_and_never_saved(bad, tmp_path):
         assert checkpoints.all_steps() == [3, 6]
 
 
+def test_an_optimizer_that_skips_what_is_not_finite_may_go_on(tmp_path):
+    step, state = scalar(optax.apply_if_finite(optax.sgd(0.01), 3))
+    data, losses = Counting(lambda n: np.float32(math.nan if n == 4 else n)), []
+    state = train.fit(
+        step,
+        state,
+        data,
+        steps=6,
+        checkpoints=tmp_path,
+        on_metrics=lambda n, m: losses.append(m["loss"]),
+        stop_at_nonfinite=False,
+    )
+    assert [math.isfinite(loss) for loss in losses] == [True, True, True, False, True, True]
+    assert float(state.params) == pytest.approx(1 - 0.01 * (1 + 2 + 3 + 5 + 6))
+
+
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     """The loss is finite, its gradient is not: the square root at zero."""
     tx = optax.sgd(0.1)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from train_toys import (
     CLASSES,
@@ -330,6 +331,23 @@ def test_a_constraint_inside_the_model_finds_the_mesh():
     state, metrics = train.make_step(loss, tx)(state, np.ones((8, 4), np.float32))
     assert float(metrics["loss"]) == pytest.approx(16)
     assert state.params.sharding == place  # its gradient came divided over `model`
+
+
+def test_a_mesh_with_explicit_axes_serves_too():
+    mesh, tx = jax.make_mesh((4, 2), ("data", "model")), optax.adam(1e-2)
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+
+    def loss(params, batch, context):
+        return jnp.mean((batch @ params) ** 2), {}, context.extras
+
+    alone = train.TrainState.create(jnp.ones((4, 2)), tx, key=jax.random.key(0))
+    spread = train.shard(alone, mesh, [("params|mu|nu", P(None, "model"))])
+    place, step = spread.params.sharding, train.make_step(loss, tx)
+    for _ in range(3):
+        spread, _ = step(spread, np.ones((8, 4), np.float32))
+        alone, _ = step(alone, np.ones((8, 4), np.float32))
+        assert spread.params.sharding == spread.opt_state[0].mu.sharding == place
+    assert_close(spread, alone)
 
 
 def test_a_state_can_be_made_in_its_place():
