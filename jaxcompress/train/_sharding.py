@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, tree_leaves_with_path
@@ -70,7 +71,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules[PartitionSpec] = ()) -> Any:
 
 
 def shard(tree: Any, mesh: Mesh, rules: Rules[PartitionSpec] = ()) -> Any:
-    """`tree` placed on the mesh as `shardings(tree, mesh, rules)` says; with no rules, a copy on every device.
+    """A copy of `tree` on the mesh, as `shardings(tree, mesh, rules)` says; with no rules, one on every device.
 
     With several processes, each must hand in the same values. To make a state that fits on no single device, do not
     make it first: `jax.jit(create, out_shardings=shardings(jax.eval_shape(create), mesh, rules))()`.
@@ -116,9 +117,11 @@ def on_mesh(x: Any, mesh: Mesh) -> bool:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-        data = jax.device_put(jax.random.key_data(x), sharding)  # device_put sends no key to another process
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    if isinstance(x, jax.Array):
+        x = jnp.copy(x)  # device_put may share a buffer with its source, even if asked not to; donation deletes both
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # device_put sends no key to another process
+            data = jax.device_put(jax.random.key_data(x), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.device_put(x, sharding)
 
 
