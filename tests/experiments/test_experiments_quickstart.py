@@ -1,6 +1,8 @@
 """The main job, whole, on a short setting: real data, real stages, a real second process."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,21 +14,21 @@ from experiments.models import Convnet, build, describe, initialise
 from jaxcompress import pack, quantize, report
 from jaxcompress.arrays import Quantized
 
+RECORDED = Path(__file__).parents[2] / "experiments" / "results" / "quickstart.json"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart")
-    import dataclasses
-
-    return out, quickstart.main(dataclasses.replace(quickstart.SHORT, seeds=2, out=out))
+    return out, quickstart.main(dataclasses.replace(quickstart.SHORT, out=out))
 
 
 def test_a_row_a_stage_and_what_it_says_is_on_the_disk(run):
     out, result = run
     rows = {row.name: row for row in result.rows}
-    stages = ["teacher", "teacher of half the width", "student from scratch", "student distilled"]
-    assert list(rows) == [*stages, "+ pruned", "+ quantized", "+ packed file"]
-    for seed in (0, 1):
+    stages = ["teacher", "student from scratch", "student distilled", "+ pruned", "+ quantized", "+ packed file"]
+    assert list(rows) == stages
+    for seed in (0,):
         packed = out / f"seed{seed}" / "packed.jxc"
         assert rows["+ packed file"].ours["bytes"].values[seed] == packed.stat().st_size
         assert (
@@ -51,23 +53,35 @@ def test_the_discipline_is_in_the_file(run):
     out, _ = run
     result = _results.read(out / "quickstart.json")
     assert set(result.splits) == {"train", "validation", "test"}
-    assert len(result.test_reads) == 2 * 7 and len({read.model for read in result.test_reads}) == 14
-    assert [choice.what for choice in result.choices if "seed 0" in choice.what] == [
+    assert len(result.test_reads) == 6 and len({read.model for read in result.test_reads}) == 6
+    assert [choice.what for choice in result.choices] == [
         "learning rate of the student from scratch, seed 0",
         "learning rate of the student distilled, seed 0",
     ]
-    assert {(c.first, c.second) for c in result.comparisons} >= {("student distilled", "student from scratch")}
+
+
+def test_the_recorded_run_keeps_its_promises():
+    """Five seeds: the student gains by distillation, the teacher by its width, and little is lost at the end."""
+    result = _results.read(RECORDED)
+    differences = {(c.first, c.second): c.difference for c in result.comparisons}
+    assert all(d.count == 5 for d in differences.values())
+    assert differences["student distilled", "student from scratch"].low > 0
+    assert differences["teacher", "teacher of half the width"].low > 0
+    rows = {row.name: row.ours for row in result.rows}
+    packed, teacher, student = (rows[name] for name in ("+ packed file", "teacher", "student distilled"))
+    for small, large, other in zip(*(r["bytes"].values for r in (packed, teacher, student)), strict=True):
+        assert large / small >= 30 and other / small >= 8
+    for small, large in zip(packed["accuracy"].values, teacher["accuracy"].values, strict=True):
+        assert small >= large - 1
 
 
 def test_a_seed_decides_accuracies_and_sizes(run, tmp_path):
-    import dataclasses
-
     _, first = run
-    again = quickstart.main(dataclasses.replace(quickstart.SHORT, seed=1, out=tmp_path))
+    again = quickstart.main(dataclasses.replace(quickstart.SHORT, out=tmp_path))
     rows = {row.name: row for row in first.rows}
     for row in again.rows:
         for key in ("accuracy", "noisy_accuracy", "bytes", "nonzeros", "parameters"):
-            assert row.ours[key].values[0] == rows[row.name].ours[key].values[1], (row.name, key)
+            assert row.ours[key].values[0] == rows[row.name].ours[key].values[0], (row.name, key)
 
 
 def test_a_model_is_made_again_from_its_description():
