@@ -45,7 +45,7 @@ def test_the_benchmark_table_is_the_recorded_one():
 
 
 def test_the_quickstart_table_is_of_the_recorded_run():
-    """The README shows one seed's print; those figures that do not depend on the clock stand in the five-seed record."""
+    """The README shows one seed's print; what does not depend on the clock stands in the five-seed record."""
     from experiments import _results
 
     recorded = _results.read(ROOT / "experiments" / "results" / "quickstart.json")
