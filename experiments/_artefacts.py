@@ -1,7 +1,7 @@
 """What is measured is what lies on the disk: models saved to files, read back, and evaluated."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,28 @@ def classifier(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     return lambda variables, images: model.apply(variables, images)  # type: ignore[return-value]
 
 
-def accuracy(model: nn.Module, variables: Any, split: Split, noise: float = 0.0) -> float:
-    """The share of a split's examples that a model, compressed or not, classifies rightly.
+def accuracy(model: nn.Module, variables: Any, split: Split) -> float:
+    """The share of a split's examples that a model, compressed or not, classifies rightly."""
+    return next(accuracies(model, variables, split, [0.0]))
 
-    Args:
-      noise: standard deviation of Gaussian noise added to the images, from a fixed key.
-    """
+
+def accuracies(model: nn.Module, variables: Any, split: Split, noises: Sequence[float]) -> Iterator[float]:
+    """`accuracy` under Gaussian noise on the images, from a fixed key, for each of some standard deviations."""
+    run = jax.jit(compressed(classifier(model)))
     images = jnp.asarray(split.inputs())
-    if noise:
-        images += noise * jax.random.normal(jax.random.key(0), images.shape)
-    logits = jax.jit(compressed(classifier(model)))(variables, images)
-    return float(jnp.mean(jnp.argmax(logits, axis=-1) == split.labels))
+    for noise in noises:
+        logits = run(variables, images + noise * jax.random.normal(jax.random.key(0), images.shape))
+        yield float(jnp.mean(jnp.argmax(logits, axis=-1) == split.labels))
 
 
 def measure(model: nn.Module, variables: Any, test: Split, size: int, batch: int = 128) -> dict[str, float]:
     """A model's line of figures: accuracies in per cent on test data, and what it costs for a batch of them."""
     images = jnp.asarray(test.inputs()[:batch])
     cost = report.cost(classifier(model), variables, images)._asdict()
+    clean, noisy = accuracies(model, variables, test, [0.0, NOISE])
     return {
-        "accuracy": 100 * accuracy(model, variables, test),
-        "noisy_accuracy": 100 * accuracy(model, variables, test, NOISE),
+        "accuracy": 100 * clean,
+        "noisy_accuracy": 100 * noisy,
         "bytes": size,
         **{name: float(value) for name, value in cost.items()},
     }
