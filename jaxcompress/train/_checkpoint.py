@@ -25,8 +25,8 @@ class Checkpoints:
     """The checkpoints of one run, in one directory: the training state, the data's position, the metrics.
 
     A save returns as soon as the state is copied off the devices; the files are written behind it. A checkpoint is
-    there in whole or not at all: one that was being written when the process died is ignored, and cleared away by the
-    next `Checkpoints` on the directory. With several processes all of them call every method, on a shared file system.
+    there in whole or not at all: one that was being written when the process died is ignored, and cleared away before
+    the next one is saved. With several processes all of them call every method, on a shared file system.
 
         with Checkpoints("run/checkpoints", keep_last=2, best="eval/accuracy") as checkpoints:
             state = fit(step, state, batches, steps=10_000, checkpoints=checkpoints, checkpoint_every=500, ...)
@@ -97,14 +97,18 @@ class Checkpoints:
           metrics: what the best checkpoint is judged by.
 
         Raises:
-          ValueError: there is a checkpoint of this step already; `metrics` lacks the metric to judge by.
+          ValueError: there is a checkpoint of this step or a later one; `metrics` lacks the metric to judge by.
           TypeError: `data` is not JSON.
         """
         step = int(state.step)
         if self.best is not None and self.best not in (metrics or {}):
             raise ValueError(f"the best checkpoint is judged by {self.best!r}; step {step} has {sorted(metrics or {})}")
-        if step in self._manager.all_steps():
-            raise ValueError(f"{self.directory} has a checkpoint of step {step} already; use another directory")
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"{self.directory} has a checkpoint of step {latest}, so none of step {step} can follow; resume from "
+                f"it, or use another directory"
+            )
         positions = _gather(to_json(data))
         leaves = _named(state)
         meta = {"format": _FORMAT, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}}
@@ -117,6 +121,7 @@ class Checkpoints:
                 meta=ocp.args.JsonSave(meta),
             ),
             metrics=None if metrics is None else dict(metrics),
+            force=True,  # orbax would leave a save out without a word
         )
 
     def restore(self, state: TrainState, step: int | None = None, *, release: bool = False) -> tuple[TrainState, Any]:

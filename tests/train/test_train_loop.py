@@ -1,7 +1,9 @@
+import dataclasses
 import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,9 +147,11 @@ def test_a_save_cut_off_by_sigkill_is_ignored(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         assert partial[0].exists() and not (cut / "8").exists(), "the save ended before the signal came"
-        with train.Checkpoints(cut) as checkpoints:
+        other = Path(shutil.copytree(cut, tmp_path / "other"))
+        with train.Checkpoints(other, keep_last=9) as checkpoints:
             assert checkpoints.all_steps() == [4]
-        assert not partial[0].exists()
+            checkpoints.save(dataclasses.replace(scalar()[1], step=jnp.int32(5)))
+        assert {path.name for path in other.iterdir()} == {"4", "5"}
         process = worker(cut, whole)  # resumes the one, and runs the other straight
         assert process.wait(240) == 0
     finally:
