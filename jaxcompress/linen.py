@@ -1,10 +1,12 @@
-"""Flax Linen wrappers: the library's function transforms as modules."""
+"""Flax Linen wrappers: the library's function transforms as modules, and a module's intermediate values by path."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 
-from jaxcompress import quantize
+from jaxcompress import features, quantize
 from jaxcompress.paths import Rules
 
 
@@ -41,3 +43,38 @@ class FakeQuantized(nn.Module):
             for name, value in variables.items():
                 self.put_variable(collection, name, value)
         return out
+
+
+def capture(module: nn.Module, patterns: str | Sequence[str]) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """`module.apply`, returning also what the submodules whose paths match return.
+
+        captured = linen.capture(ResNet(), ["Block_[13]$", "^Dense_0$"])
+        (logits, updates), found = captured(variables, x, training=True, mutable=["batch_stats"])
+
+    Names are module paths, the parameters' own: `Block_1/Conv_0` for the result of `__call__`, `Block_1/encode` for
+    another method's, `__call__` for the model's own, with the keys of a tuple or dict behind. Values named with
+    `jax.ad_checkpoint.checkpoint_name` are there too. Nothing in the model need say so, also under `nn.remat` and
+    `nn.scan` (a leading axis of steps); only what runs under an `nn.jit` that was traced before stays unseen.
+
+    Args:
+      module: any Linen module.
+      patterns: regular expressions, as in `features.capture`, which says what is returned and raised.
+
+    Returns:
+      `captured(variables, *args, **kwargs) -> (module.apply(variables, *args, **kwargs), features)`.
+    """
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(_name_results):
+            return module.apply(variables, *args, **kwargs)
+
+    return features.capture(apply, patterns)
+
+
+def _name_results(method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    out = method(*args, **kwargs)
+    if context.method_name == "setup":
+        return out
+    called = () if context.method_name == "__call__" and context.module.path else (context.method_name,)
+    path = "/".join((*context.module.path, *called))
+    return features.named(out, path, is_leaf=lambda x: isinstance(x, nn.Module))
