@@ -10,8 +10,11 @@ from optax._src import base  # its message for a missing `params`, as every tran
 from jaxcompress import paths
 from jaxcompress.prune._masks import SparsifyState, check_finite
 from jaxcompress.prune._patterns import Pattern
+from jaxcompress.prune._plan import flatten, masks_of, plan_for
+from jaxcompress.prune._renew import scheduled_masks
 from jaxcompress.prune._schedules import one_shot
-from jaxcompress.prune._sparsify import flatten, held, masks_of, ones_like, plan_for, scheduled_masks
+from jaxcompress.prune._sparsify import held
+from jaxcompress.prune._stored import all_kept, stored
 
 _ONCE = one_shot(0)
 
@@ -47,21 +50,24 @@ def choose(scores: Any, rules: paths.Rules[Pattern | float | None], *, allow_emp
         jnp.int32(0),
         pruned,
         [leaves[i] for i in chosen],
+        [None] * len(chosen),
         layers=tuple(chosen.values()),
         schedule=_ONCE,
         score=_as_it_is,
+        allow_empty=allow_empty,
     )
     by_leaf = dict(zip(chosen, masks, strict=True))
     return treedef.unflatten([by_leaf.get(i) for i in range(len(leaves))])
 
 
-def fixed(masks: Any) -> optax.GradientTransformationExtraArgs:
+def fixed(masks: Any, *, packed: bool = True) -> optax.GradientTransformationExtraArgs:
     """Holds pruned weights at zero with masks that never change: for lottery tickets and static sparse training.
 
     It stands where `sparsify` stands, and has the same state. Its first update sets the pruned weights to zero.
 
     Args:
       masks: a tree of the parameters' paths: bool, shaped like them, True is kept; `None` (or no leaf) for others.
+      packed: as for `sparsify`.
 
     Returns:
       A transformation; its `init` raises ValueError if a mask finds no parameter of its path and shape.
@@ -77,7 +83,7 @@ def fixed(masks: Any) -> optax.GradientTransformationExtraArgs:
         for name, x in named:
             if name in given and given[name].shape != x.shape:
                 raise ValueError(f"the mask of {name!r} has shape {given[name].shape}, but the parameter has {x.shape}")
-        own = [ones_like(x) & given[name] if name in given else None for name, x in named]
+        own = [kept_as(all_kept(x, packed), given[name]) if name in given else None for name, x in named]
         return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(own))
 
     def update_fn(
@@ -93,3 +99,8 @@ def fixed(masks: Any) -> optax.GradientTransformationExtraArgs:
         return treedef.unflatten(new), SparsifyState(optax.safe_increment(state.step), state.masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def kept_as(like: jax.Array, mask: jax.Array) -> jax.Array:
+    """A boolean mask, stored and sharded as `like`, which keeps everything."""
+    return like & stored(jnp.asarray(mask), like)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,21 +14,23 @@ from jaxcompress import paths
 from jaxcompress.arrays import Sparse
 from jaxcompress.prune._ranking import Ranking, kth_lowest
 from jaxcompress.prune._scores import Score, magnitude
+from jaxcompress.prune._stored import booleans
 
 
 class SparsifyState(NamedTuple):
     """State of `sparsify`."""
 
     step: jax.Array  # int32 []; updates so far
-    masks: Any  # tree of the parameters: bool, shape and sharding of each, True is kept; None where no rule matched
+    masks: Any  # tree of the parameters, stored as `_stored` says, sharded like them; None where no rule matched
+    statistics: Any = None  # tree of the parameters: float, what an `Accumulated` score has seen; None for other scores
 
 
 def masks(state: Any) -> dict[str, jax.Array]:
     """The masks in an optimizer's state, by the path of their parameter; True is kept.
 
     Args:
-      state: the state of `sparsify`, or of any optimizer it is a part of (`optax.chain`, `optax.multi_transform`,
-        `nnx.Optimizer.opt_state`, ...).
+      state: the state of `sparsify`, `rewire` or `fixed`, or of any optimizer it is a part of (`optax.chain`, `around`,
+        `optax.multi_transform`, `nnx.Optimizer.opt_state`, ...); or a tree of boolean masks, as `choose` makes it.
 
     Raises:
       ValueError: there is no pruning state in it, or two of them have a mask for one parameter.
@@ -36,6 +38,9 @@ def masks(state: Any) -> dict[str, jax.Array]:
     found: dict[str, jax.Array] = {}
     states = list(_pruning_states(state))
     if not states:
+        named = paths.named_leaves(state)
+        if named and all(jnp.issubdtype(jnp.result_type(x), jnp.bool_) for _, x in named):
+            return dict(named)
         raise ValueError(
             f"no pruning state in this {type(state).__name__}: hand in the state of an optimizer that contains "
             f"prune.sparsify, as the optimizer's init or update returned it (of nnx.Optimizer: its opt_state)"
@@ -44,7 +49,7 @@ def masks(state: Any) -> dict[str, jax.Array]:
         for name, mask in paths.named_leaves(pruning.masks):
             if name in found:
                 raise ValueError(f"two pruning states have a mask for {name!r}: hand in the one that is meant")
-            found[name] = mask
+            found[name] = booleans(mask)
     return found
 
 
@@ -64,16 +69,7 @@ def apply_masks(tree: Any, state: Any) -> Any:
     Raises:
       ValueError: there is no pruning state in `state`, or a mask finds no leaf of its path and shape in `tree`.
     """
-    left = masks(state)
-    named = paths.named_leaves(tree)
-    missing = sorted(left.keys() - {name for name, _ in named})
-    if missing:
-        raise ValueError(
-            f"the tree has no leaf for the mask of {missing[0]!r} ({len(missing)} such): its leaves are "
-            f"{[name for name, _ in named][:5]}...; hand in parameters of the model that the state was made for"
-        )
-    leaves = [_masked(name, x, left.get(name)) for name, x in named]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return map_masked(lambda x, mask: jnp.where(mask, x, jnp.zeros_like(x)), tree, masks(state))
 
 
 def to_sparse(tree: Any, state: Any, stacked: paths.Rules[int] | None = None) -> Any:
@@ -150,12 +146,22 @@ def check_finite(tree: Any, what: str = "weights") -> None:
         raise ValueError(f"{what} are not finite (NaN or infinite) in {', '.join(map(repr, bad))}: nothing is pruned")
 
 
-def _masked(name: str, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    if mask is None:
-        return x
-    if jnp.shape(x) != mask.shape:
-        raise ValueError(f"the mask of {name!r} has shape {mask.shape}, but the tree's leaf has {jnp.shape(x)}")
-    return jnp.where(mask, x, jnp.zeros_like(x))
+def map_masked(fn: Callable[[jax.Array, jax.Array], jax.Array], tree: Any, kept: dict[str, jax.Array]) -> Any:
+    """`tree` with `fn(leaf, mask)` for each leaf that has a mask; raises ValueError for a mask without its leaf."""
+    named = paths.named_leaves(tree)
+    missing = sorted(kept.keys() - {name for name, _ in named})
+    if missing:
+        raise ValueError(
+            f"the tree has no leaf for the mask of {missing[0]!r} ({len(missing)} such): its leaves are "
+            f"{[name for name, _ in named][:5]}...; hand in parameters of the model that the state was made for"
+        )
+    for name, x in named:
+        if name in kept and jnp.shape(x) != kept[name].shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {kept[name].shape}, but the tree's leaf has {jnp.shape(x)}"
+            )
+    leaves = [fn(x, kept[name]) if name in kept else x for name, x in named]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _part(zeros: int, size: int) -> float:

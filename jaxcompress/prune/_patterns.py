@@ -48,15 +48,20 @@ class Unstructured:
       sparsity: the part of the layer's weights that is pruned in the end, in [0, 1). The number pruned is
         `sparsity * size`, rounded.
       stack: leading axes that index layers (1 for a weight of `nn.scan`): each layer gets the sparsity on its own.
+      scope: a name; layers of one scope are ranked together, and share what all of them are to lose ("global" pruning).
+        `None` ranks each layer on its own.
     """
 
     sparsity: float
     stack: int = 0
+    scope: str | None = None
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         if self.stack < 0:
             raise ValueError(f"stack must be 0 or more leading axes, got {self.stack}")
+        if self.stack and self.scope is not None:
+            raise ValueError("layers of a scope are ranked together, layers of a stack apart: give stack or scope")
 
     def check(self, shape: Shape) -> None:
         """Raises ValueError if there are fewer axes than `stack`."""
@@ -74,6 +79,54 @@ class Unstructured:
     def pool(self, scores: jax.Array) -> jax.Array:
         """Each weight is a unit."""
         return scores
+
+    def keep(self, pruned: jax.Array, shape: Shape) -> jax.Array:
+        """Each weight is a unit."""
+        return ~pruned
+
+
+@dataclass(frozen=True)
+class Below:
+    """Single weights whose score is below a threshold: how many go, the weights decide.
+
+    A ramping schedule raises the threshold from zero. Ties, and a weight at the threshold, stay.
+
+    Attributes:
+      threshold: a score, set by hand; with `deviations`, a number of the layer's standard deviations instead, as Han et
+        al. 2015, "Learning both Weights and Connections", take it (pruned weights count, as the zeros that they are:
+        of the kept ones alone the deviation would grow at every update, until nothing is left).
+      deviations: see `threshold`.
+    """
+
+    threshold: float
+    deviations: bool = False
+
+    stack = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"a threshold is a positive number, got {self.threshold}")
+
+    def check(self, shape: Shape) -> None:
+        """Every shape will do."""
+
+    def units(self, shape: Shape) -> int:
+        """Each weight is a unit."""
+        return math.prod(shape)
+
+    def budget(self, shape: Shape) -> int:
+        """None in advance: see `level`."""
+        return 0
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        """Each weight is a unit."""
+        return scores
+
+    def level(self, weight: jax.Array) -> jax.Array:
+        """The threshold in units of the scores; []."""
+        if not self.deviations:
+            return jnp.float32(self.threshold)
+        return self.threshold * jnp.std(weight.astype(jnp.float32))
 
     def keep(self, pruned: jax.Array, shape: Shape) -> jax.Array:
         """Each weight is a unit."""

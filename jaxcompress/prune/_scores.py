@@ -1,11 +1,14 @@
 """Scores: how much each weight matters. The lowest are pruned first.
 
 Functions on arrays, to be mapped over trees with `jax.tree.map`. `magnitude` needs the weights alone and serves
-`sparsify` at every mask update; the others need something measured (gradients, activations, a second checkpoint) and
-serve `choose`, which makes masks once.
+`sparsify` at every mask update; an `Accumulated` score is gathered from the gradients of the training itself, inside
+`around`; the others need something measured (gradients, activations, a second checkpoint) and serve `choose`, which
+makes masks once.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,65 @@ Score = Callable[[jax.Array], jax.Array]
 def magnitude(weight: jax.Array) -> jax.Array:
     """The absolute value of each weight (Han et al. 2015, "Learning both Weights and Connections")."""
     return jnp.abs(weight)
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """A score from a statistic that is kept for every weight and renewed at every step, before any mask update.
+
+    Attributes:
+      observe: `(statistic, weight, gradient) -> statistic`; all of the weight's shape, the first all zeros.
+      score: `(weight, statistic) -> scores`.
+    """
+
+    observe: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    score: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def movement() -> Accumulated:
+    """`sum of -w g` over the steps: weights that training moves towards zero go (Sanh et al. 2020, their equation 4).
+
+    A weight that is held at zero moves no more, and its sum stands still. The paper's weights go on moving while they
+    are pruned: `sparsify(..., hold=False)` with `straight_through`, under `around(..., mask_gradients=False)`.
+    """
+    return Accumulated(lambda total, weight, gradient: total - weight * gradient, lambda weight, total: total)
+
+
+def taylor(decay: float = 0.99) -> Accumulated:
+    """The running mean of `|w g|`: `saliency` over the batches of the last `1 / (1 - decay)` steps."""
+    return Accumulated(_running(decay, saliency), lambda weight, mean: mean)
+
+
+def empirical_fisher(decay: float = 0.99) -> Accumulated:
+    """`fisher` with the running mean of the squared gradient of the batch's loss."""
+    return Accumulated(_running(decay, lambda weight, gradient: gradient**2), fisher)
+
+
+def _running(
+    decay: float, value: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay}")
+    return lambda mean, weight, gradient: decay * mean + (1 - decay) * value(weight, gradient)
+
+
+def random(tree: Any, key: jax.Array) -> Any:
+    """Uniform scores in [0, 1) for each leaf of `tree`: its shape, float32, another key a leaf."""
+    leaves = jax.tree.leaves(tree)
+    scores = [jax.random.uniform(jax.random.fold_in(key, i), jnp.shape(x)) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(jax.tree.structure(tree), scores)
+
+
+def batch_norm_scale(weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """The magnitude of the batch-norm scale behind a layer, for each of its weights (Liu et al. 2017); for `filters`.
+
+    Args:
+      weight: [..., outputs].
+      scale: [outputs], of the normalisation that the layer's outputs go through.
+    """
+    if scale.shape != weight.shape[-1:]:
+        raise ValueError(f"want one scale an output: {weight.shape[-1:]} for weights {weight.shape}, got {scale.shape}")
+    return jnp.broadcast_to(jnp.abs(scale), weight.shape)
 
 
 def saliency(weight: jax.Array, gradient: jax.Array) -> jax.Array:

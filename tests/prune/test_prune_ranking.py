@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
 from jaxcompress.prune._ranking import Ranking, _kth, _parts, kth_lowest, lowest
-from jaxcompress.prune._sparsify import scaled
+from jaxcompress.prune._renew import scaled
 
 mark = jax.jit(lambda scores, k: lowest([Ranking(scores, k)])[0])
 

@@ -1,0 +1,47 @@
+"""How masks are kept in a state: a bit a weight where the last axis is made of whole bytes, else a boolean a weight.
+
+What a stored mask is, its dtype says: uint8 is eight weights a byte along the last axis, bool is a weight each. So a
+state needs no flag, orbax saves it as it is, and a packed mask is divided among devices as its weight is.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxcompress.arrays._bits import pack_bits, unpack_bits
+
+
+def all_kept(weight: jax.Array, packed: bool) -> jax.Array:
+    """A stored mask that keeps every weight, made of `weight` so that it is sharded like it, also under jit."""
+    kept = ~(jnp.isnan(weight) & jnp.isinf(weight))
+    return pack_bits(kept) if packed and _packs(weight) else kept
+
+
+def stored(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A boolean mask, stored as `like` is."""
+    return mask if like.dtype == bool else pack_bits(mask)
+
+
+def booleans(kept: jax.Array) -> jax.Array:
+    """The boolean mask, shaped like its weight."""
+    return kept if kept.dtype == bool else unpack_bits(kept, 8 * kept.shape[-1])
+
+
+def mask_shape(kept: jax.Array) -> tuple[int, ...]:
+    """The shape of the weight that a stored mask is for."""
+    return kept.shape if kept.dtype == bool else (*kept.shape[:-1], 8 * kept.shape[-1])
+
+
+def _packs(weight: jax.Array) -> bool:
+    """Whether every device's part of the last axis is made of whole bytes, as far as the sharding is known."""
+    if not weight.ndim or weight.shape[-1] % 8:
+        return False
+    sharding = getattr(weight, "sharding", None)  # of a tracer: known on an explicit mesh
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.size:
+        return True
+    axes = sharding.spec[-1] if len(sharding.spec) == weight.ndim else None
+    names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+    shards = 1
+    for name in names:
+        shards *= sharding.mesh.shape[name]
+    return weight.shape[-1] % (8 * shards) == 0
