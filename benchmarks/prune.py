@@ -4,6 +4,8 @@ The step is that of the shared MLP (`_mlp.py`) under adam, with 90 % of every ke
 adam step. The threshold's peer is `jnp.sort` of all weights as one array.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,6 +22,21 @@ ALWAYS = prune.Schedule(lambda step: step >= 0, lambda step: 1 - 1 / (step + 2.0
 def _tx(schedule: prune.Schedule | None) -> optax.GradientTransformation:
     adam = optax.adam(1e-3)
     return adam if schedule is None else optax.chain(adam, prune.sparsify(RULES, schedule))
+
+
+def _sorting(sparsity: float) -> optax.GradientTransformation:
+    """What `sparsify` does at a mask update, the usual way: a sort a layer gives its threshold."""
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        def pruned(update: jax.Array, weight: jax.Array) -> jax.Array:
+            if weight.ndim < 2:
+                return update
+            scores = jnp.abs(weight)
+            return jnp.where(scores > jnp.sort(scores.ravel())[round(sparsity * weight.size) - 1], update, -weight)
+
+        return jax.tree.map(pruned, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _stepper(schedule: prune.Schedule | None) -> Stepper:
@@ -50,8 +67,28 @@ def _step(rounds: int) -> Figures:
 
 @benchmark("prune.mask_update")
 def _mask_update(rounds: int) -> Figures:
-    """Train step that computes every mask anew, against the plain adam step."""
-    return paired(_stepper(ALWAYS), _stepper(None), PLAIN, rounds, seconds=0.5)
+    """Train step that computes every mask anew, against the plain adam step, and against one that sorts."""
+    sorting = optax.chain(optax.adam(1e-3), _sorting(0.9))
+    peer = Stepper(mlp.train_step(sorting), mlp.init(sorting), mlp.batch())
+    return {
+        "": paired(_stepper(ALWAYS), _stepper(None), PLAIN, rounds, seconds=0.5),
+        "sort": paired(_stepper(ALWAYS), peer, "step that sorts each layer", max(3, rounds // 3), seconds=0.5),
+    }
+
+
+@benchmark("prune.rewire")
+def _rewire(rounds: int) -> Figures:
+    """Train step of RigL between two changes of its masks, and one that changes them, against the plain adam step."""
+
+    def stepper(every: int) -> Stepper:
+        rewire = prune.rewire(RULES, key=jax.random.key(0), end=10**9, every=every)
+        tx = prune.around(optax.adam(1e-3), rewire)
+        return Stepper(mlp.train_step(tx), mlp.init(tx), mlp.batch())
+
+    return {
+        "step": paired(stepper(10**6), _stepper(None), PLAIN, rounds, seconds=0.5),
+        "change": paired(stepper(1), _stepper(None), PLAIN, rounds, seconds=0.5),
+    }
 
 
 @benchmark("prune.memory")

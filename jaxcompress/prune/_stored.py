@@ -4,8 +4,11 @@ What a stored mask is, its dtype says: uint8 is eight weights a byte along the l
 state needs no flag, orbax saves it as it is, and a packed mask is divided among devices as its weight is.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
@@ -36,12 +39,10 @@ def _packs(weight: jax.Array) -> bool:
     """Whether every device's part of the last axis is made of whole bytes, as far as the sharding is known."""
     if not weight.ndim or weight.shape[-1] % 8:
         return False
-    sharding = getattr(weight, "sharding", None)  # of a tracer: known on an explicit mesh
-    if not isinstance(sharding, NamedSharding) or not sharding.mesh.size:
+    known = jax.typeof(weight) if isinstance(weight, Tracer) else weight  # of a tracer: on an explicit mesh
+    sharding = getattr(known, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < weight.ndim or sharding.spec[-1] is None:
         return True
-    axes = sharding.spec[-1] if len(sharding.spec) == weight.ndim else None
-    names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-    shards = 1
-    for name in names:
-        shards *= sharding.mesh.shape[name]
+    names = sharding.spec[-1] if isinstance(sharding.spec[-1], tuple) else (sharding.spec[-1],)
+    shards = math.prod(sharding.mesh.shape[name] for name in names)
     return weight.shape[-1] % (8 * shards) == 0

@@ -68,6 +68,30 @@ def test_only_scalars_travel(kind: AxisType) -> None:
     assert all(op == "all-reduce" and elements == 1 for op, elements in found), found
 
 
+def test_rewiring_moves_only_scalars_too() -> None:
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    sharded = jax.device_put(parameters(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
+    tx = prune.around(optax.adam(0.1), prune.rewire({"": 0.8}, key=jax.random.key(0), end=9, every=2))
+    update = jax.jit(lambda params, state: tx.update(params, state, params))
+    found = collectives(update.lower(sharded, tx.init(sharded)).compile().as_text())
+    assert found and all(op == "all-reduce" and elements == 1 for op, elements in found), found
+
+
+@pytest.mark.parametrize("jit_init", [False, True])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shards_that_are_not_whole_bytes(kind: AxisType, jit_init: bool) -> None:
+    """24 columns over 4 devices are 6 each: a mask is then kept as booleans, where the sharding is known."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    tx = prune.sparsify({"w": 0.5}, prune.one_shot())
+    alone = {"w": jax.random.normal(jax.random.key(0), (10, 24))}
+    sharded = jax.device_put(alone, NamedSharding(mesh, P(None, "a")))
+    state = (jax.jit(tx.init) if jit_init else tx.init)(sharded)
+    if kind == AxisType.Explicit or not jit_init:
+        assert state.masks["w"].dtype == bool and state.masks["w"].sharding.spec[1] == "a"
+    _, state = jax.jit(tx.update)(sharded, state, sharded)
+    np.testing.assert_array_equal(prune.masks(state)["w"], np.abs(alone["w"]) > np.median(np.abs(alone["w"])))
+
+
 def test_the_check_above_sees_a_gather() -> None:
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, P("a")))
