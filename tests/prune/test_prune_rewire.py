@@ -68,12 +68,11 @@ def test_blocks_and_layers_of_a_stack() -> None:
     rules = {"blocks": prune.Blocks(0.75, (4, 4)), "stack": prune.Unstructured(0.9, stack=1)}
     params = {"blocks": weights()["w"], "stack": jax.random.normal(KEY, (3, 20, 10)), "other": jnp.ones(3)}
     tx = prune.around(optax.adam(0.01), prune.rewire(rules, key=KEY, end=9, every=1))
-    state = tx.init(params)
+    state = first = tx.init(params)
     for i in range(4):
-        before = prune.masks(state)
         updates, state = tx.update(jax.tree.map(lambda x: jnp.cos(9 * x + i), params), state, params)  # noqa: B023
         params = optax.apply_updates(params, updates)
-        after = prune.masks(state)
+    before, after = prune.masks(first), prune.masks(state)
     blocks = np.asarray(after["blocks"]).reshape(10, 4, 6, 4).transpose(0, 2, 1, 3).reshape(60, 16)
     assert set(blocks.sum(1).tolist()) == {0, 16} and (blocks.sum(1) > 0).sum() == 15
     np.testing.assert_array_equal(np.asarray(after["stack"]).sum((1, 2)), 20)
