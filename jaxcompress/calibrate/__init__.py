@@ -1,0 +1,15 @@
+"""Calibration: what a trained model's weights see, measured over a few batches of data.
+
+One-shot methods (Wanda and SparseGPT in `prune`, GPTQ and AWQ in `quantize`) decide about a weight by the inputs that
+meet it. `input_statistics(fn, params, batches, rules)` measures them for any JAX function: of each weight the Gram
+matrix of its inputs, the sum of their squares, and the number of rows, with a `Layout` that says how the weight's array
+is the matrices `[problems, inputs, outputs]` that such methods work on. Nothing is patched and nothing leaks: the sums
+are the gradients of zeros that stand beside the weights during one call (`_observed.py` has the trick).
+
+`InputObserver` does the same for methods that measure again after each change of a weight.
+"""
+
+from jaxcompress.calibrate._layout import Layout
+from jaxcompress.calibrate._statistics import InputObserver, InputStatistics, input_statistics
+
+__all__ = ["InputObserver", "InputStatistics", "Layout", "input_statistics"]
