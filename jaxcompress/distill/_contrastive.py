@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import Number, as_float, check_positive, check_rank, check_same_shape, constant, keep
+from jaxcompress.distill._inputs import (
+    Number,
+    as_float,
+    check_positive,
+    check_rank,
+    check_same_shape,
+    constant,
+    keep,
+    mask_of,
+)
 from jaxcompress.distill._projectors import Projector, dense_projector
 from jaxcompress.distill._safe import unit
 
@@ -96,6 +105,7 @@ def contrastive_loss(
     *,
     temperature: float = 0.07,
     momentum: float = 0.5,
+    where: ArrayLike | None = None,
 ) -> tuple[jax.Array, ContrastMemory]:
     """CRD: each side's embedding against the other side's memory of the same example and of `K` others.
 
@@ -111,6 +121,7 @@ def contrastive_loss(
       contrast_indices: `[batch, 1 + K]`, each row the example's own place and then the negatives'.
       temperature: above 0.
       momentum: how much of an old memory row stays.
+      where: `[batch]`, which examples count; the others give 0, and the memory does not learn of them.
 
     Returns:
       One value an example, `[batch]`, and the memory after this batch.
@@ -118,13 +129,15 @@ def contrastive_loss(
     check_positive(temperature, "temperature")
     student, teacher = as_float(student, "student"), as_float(teacher, "teacher")
     check_same_shape(student, teacher, "embeddings")
-    examples = memory.student.shape[0]
+    examples, mask = memory.student.shape[0], mask_of(where, len(student))
+    student, teacher = (jnp.where(mask[:, None], x, 0) for x in (student, teacher))
+    indices, contrast_indices = jnp.where(mask, indices, examples), jnp.where(mask[:, None], contrast_indices, 0)
     memory = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, memory))
     student_scores, student_constant = _scores(
-        student, memory.teacher[contrast_indices], memory.student_constant, temperature, examples
+        student, memory.teacher[contrast_indices], memory.student_constant, temperature, examples, mask
     )
     teacher_scores, teacher_constant = _scores(
-        teacher, memory.student[contrast_indices], memory.teacher_constant, temperature, examples
+        teacher, memory.student[contrast_indices], memory.teacher_constant, temperature, examples, mask
     )
     losses = contrast_loss(student_scores, examples) + contrast_loss(teacher_scores, examples)
     after = ContrastMemory(
@@ -133,21 +146,29 @@ def contrastive_loss(
         student_constant,
         teacher_constant,
     )
-    return losses, after
+    return keep(losses, where), after
 
 
 def _scores(
-    embedding: jax.Array, others: jax.Array, constant: jax.Array, temperature: float, examples: int
+    embedding: jax.Array,
+    others: jax.Array,
+    constant: jax.Array,
+    temperature: float,
+    examples: int,
+    mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     scores = jnp.einsum("bkd,bd->bk", others, embedding) / temperature
-    first = jnp.exp(jax.lax.stop_gradient(jax.nn.logsumexp(scores) - math.log(scores.size / examples)))
+    counted = jnp.where(mask[:, None], jax.lax.stop_gradient(scores), -jnp.inf)
+    share = jnp.maximum(jnp.sum(mask), 1) * scores.shape[1] / examples
+    first = jnp.exp(jax.nn.logsumexp(counted) - jnp.log(share))  # 0 where no example counts: a later call sets it
     constant = jnp.where(constant > 0, constant, first)
-    return scores - jnp.log(constant), constant
+    return scores - jnp.log(jnp.where(constant > 0, constant, 1)), constant
 
 
 def _updated(memory: jax.Array, indices: ArrayLike, embedding: jax.Array, momentum: float) -> jax.Array:
     embedding = jax.lax.stop_gradient(embedding)
-    return memory.at[indices].set(unit(momentum * memory[indices] + (1 - momentum) * embedding))
+    moved = unit(momentum * memory.at[indices].get(mode="fill", fill_value=0) + (1 - momentum) * embedding)
+    return memory.at[indices].set(moved, mode="drop")  # a masked example's index lies behind the memory's end
 
 
 def in_batch_contrastive_loss(

@@ -128,6 +128,16 @@ def _mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         ) from None
 
 
+def mask_of(where: ArrayLike | None, batch: int) -> jax.Array:
+    """`where` as a mask `[batch]`; all True by default."""
+    return jnp.ones(batch, bool) if where is None else _mask(where, (batch,))
+
+
+def count_of(where: ArrayLike | None, batch: int) -> Number:
+    """How many examples count, but at least 1: what a mean over the batch divides by. Float, for its powers."""
+    return float(batch) if where is None else jnp.maximum(jnp.sum(mask_of(where, batch)), 1).astype(float)
+
+
 def masked_mean(losses: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
     """The mean of `losses` over the entries that count; 0, not NaN, where none does.
 

@@ -9,12 +9,16 @@ from jax.typing import ArrayLike
 from jaxcompress.distill._divergences import generalized_jensen_shannon, kl_divergence
 from jaxcompress.distill._inputs import (
     Number,
+    blank,
     check_between,
     check_positive,
     check_rank,
     class_labels,
+    count_of,
     keep,
     logit_pair,
+    mask_of,
+    masked_mean,
 )
 from jaxcompress.distill._safe import norm
 from jaxcompress.distill._softmax import log_softmax_pair, soft_target_loss
@@ -188,6 +192,7 @@ def dist_loss(
     gamma: Number = 1.0,
     temperature: Number = 1.0,
     epsilon: float = 1e-8,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """DIST: correlation instead of equality, within each example and within each class over the batch.
 
@@ -202,33 +207,38 @@ def dist_loss(
       gamma: the weight of the relation between examples, within a class.
       temperature: above 0.
       epsilon: added to the product of norms in the correlation.
+      where: `[batch]`, which examples count, in rows and in columns.
 
     Returns:
-      A scalar: a class's column is the whole batch.
+      A scalar: a class's column is the whole batch. 0 where no example counts.
     """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
-    between_classes = jnp.mean(_correlation(student, teacher, 1, epsilon))
-    between_examples = jnp.mean(_correlation(student, teacher, 0, epsilon))
-    return temperature**2 * (beta * (1 - between_classes) + gamma * (1 - between_examples))
+    student, teacher = _probabilities(student_logits, teacher_logits, temperature, where)
+    mask = mask_of(where, len(student))
+    between_classes = masked_mean(_correlation(student, teacher, 1, epsilon, mask), mask)
+    between_examples = jnp.mean(_correlation(student, teacher, 0, epsilon, mask))
+    total = temperature**2 * (beta * (1 - between_classes) + gamma * (1 - between_examples))
+    return jnp.where(jnp.any(mask), total, 0)
 
 
-def _correlation(a: jax.Array, b: jax.Array, axis: int, epsilon: float) -> jax.Array:
-    a, b = (x - jnp.mean(x, axis=axis, keepdims=True) for x in (a, b))
+def _correlation(a: jax.Array, b: jax.Array, axis: int, epsilon: float, mask: jax.Array) -> jax.Array:
+    count = a.shape[1] if axis == 1 else jnp.maximum(jnp.sum(mask), 1)
+    a, b = (jnp.where(mask[:, None], x - jnp.sum(x, axis=axis, keepdims=True) / count, 0) for x in (a, b))
     flat = jnp.max(jnp.abs(a), axis=axis, keepdims=True) < 1e-12
     a = jnp.where(flat, 0, a)  # otherwise the gradient there is b / epsilon
     return jnp.sum(a * b, axis=axis) / (norm(a, axis) * norm(b, axis) + epsilon)
 
 
 def _probabilities(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number
+    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
-    log_student, log_teacher = log_softmax_pair(student_logits, teacher_logits, temperature, -1, None)
-    check_rank(log_student, 2, "logits", "[batch, classes]")
-    return jnp.exp(log_student), jnp.exp(log_teacher)
+    """Both sides' probabilities `[batch, classes]`, with rows of zeros for examples that do not count."""
+    check_rank(jnp.asarray(student_logits), 2, "logits", "[batch, classes]")
+    log_student, log_teacher = log_softmax_pair(student_logits, teacher_logits, temperature, -1, where)
+    return blank(jnp.exp(log_student), where), blank(jnp.exp(log_teacher), where)
 
 
 def batch_correlation_loss(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number = 4.0
+    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number = 4.0, *, where: ArrayLike | None = None
 ) -> jax.Array:
     """The batch-level part of multi-level distillation: `||P_t P_t^T - P_s P_s^T||^2 / batch`, `P = softmax(z / T)`.
 
@@ -239,27 +249,32 @@ def batch_correlation_loss(
       student_logits: `[batch, classes]`.
       teacher_logits: the same shape; constant.
       temperature: above 0.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar.
     """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
-    return jnp.sum((teacher @ teacher.T - student @ student.T) ** 2) / student.shape[0]
+    student, teacher = _probabilities(student_logits, teacher_logits, temperature, where)
+    return jnp.sum((teacher @ teacher.T - student @ student.T) ** 2) / count_of(where, len(student))
 
 
 def class_correlation_loss(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number = 4.0
+    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number = 4.0, *, where: ArrayLike | None = None
 ) -> jax.Array:
     """The class-level part of multi-level distillation: `||P_t^T P_t - P_s^T P_s||^2 / classes`.
 
     Jin, Wang and Lin, "Multi-level logit distillation", 2023; otherwise as `batch_correlation_loss`.
     """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
+    student, teacher = _probabilities(student_logits, teacher_logits, temperature, where)
     return jnp.sum((teacher.T @ teacher - student.T @ student) ** 2) / student.shape[1]
 
 
 def multi_level_loss(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0)
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    *,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """Multi-level distillation: soft targets, batch and class correlations, summed over several temperatures.
 
@@ -269,6 +284,7 @@ def multi_level_loss(
       student_logits: `[batch, classes]`.
       teacher_logits: the same shape; constant.
       temperatures: each above 0.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar.
@@ -278,7 +294,7 @@ def multi_level_loss(
     total = jnp.zeros(())
     for temperature in temperatures:
         check_positive(temperature, "temperature")
-        total += jnp.mean(soft_target_loss(student_logits, teacher_logits, temperature))
-        total += batch_correlation_loss(student_logits, teacher_logits, temperature)
-        total += class_correlation_loss(student_logits, teacher_logits, temperature)
+        total += masked_mean(soft_target_loss(student_logits, teacher_logits, temperature, where=where), where)
+        total += batch_correlation_loss(student_logits, teacher_logits, temperature, where=where)
+        total += class_correlation_loss(student_logits, teacher_logits, temperature, where=where)
     return total

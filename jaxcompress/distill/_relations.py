@@ -1,5 +1,8 @@
 """Losses on the relations between the examples of a batch: distances, angles, similarities. Each gives a scalar.
 
+With `where`, `[batch]`, the loss and its gradient are those of the batch of the examples that count alone; 0 where none
+does.
+
 Anything of size `[batch, batch, features]` or `[batch, batch, batch]` is made a few rows at a time and made again for
 the gradient, so that memory grows with the square of the batch, not with its cube.
 """
@@ -11,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import feature_pair
+from jaxcompress.distill._inputs import count_of, feature_pair, mask_of, masked_mean
 from jaxcompress.distill._safe import scaled, smooth_l1, unit
 
 _CHUNK_VALUES = 2**18  # of an intermediate made a few rows at a time: 1 MiB in float32
 
 
-def _rows(student: ArrayLike, teacher: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    a, b = feature_pair(student, teacher, layout="[batch, ...]")
+def _rows(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
+    a, b = feature_pair(student, teacher, where, layout="[batch, ...]")
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
 
 
@@ -28,17 +31,19 @@ def _by_rows(of_row: Callable[[jax.Array], jax.Array], count: int, values_a_row:
     return jax.lax.map(jax.checkpoint(of_row), jnp.arange(count), batch_size=chunk)
 
 
-def _distances(x: jax.Array) -> jax.Array:
-    """Pairwise Euclidean distances by differences (so exact for duplicates), off the diagonal at least 1e-6."""
+def _distances(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Pairwise Euclidean distances by differences (so exact for duplicates), at least 1e-6; 0 to itself and to others
+    that do not count."""
 
     def of_row(i: jax.Array) -> jax.Array:
         squares = jnp.sum((x - x[i]) ** 2, axis=-1)
-        return jnp.where(jnp.arange(len(x)) == i, 0, jnp.sqrt(jnp.maximum(squares, 1e-12)))
+        is_pair = mask & mask[i] & (jnp.arange(len(x)) != i)
+        return jnp.where(is_pair, jnp.sqrt(jnp.maximum(squares, 1e-12)), 0)
 
     return _by_rows(of_row, len(x), x.size)
 
 
-def distance_relation_loss(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
+def distance_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
     """RKD-D: the pairwise distances of a batch, each side's divided by its mean, compared by a smooth L1.
 
     Park et al., "Relational knowledge distillation", 2019: the mean over all `batch^2` pairs. The
@@ -47,19 +52,24 @@ def distance_relation_loss(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     Args:
       student: `[batch, ...]`.
       teacher: `[batch, ...]`, any features; constant.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar; 0 for a batch of one.
     """
-    a, b = _rows(student, teacher)
-    pairs = len(a) * (len(a) - 1)
-    if pairs == 0:
-        return jnp.zeros(())
-    ours, theirs = (d / (jnp.sum(d) / pairs) for d in (_distances(a), _distances(b)))
-    return jnp.mean(smooth_l1(ours - theirs))
+    a, b = _rows(student, teacher, where)
+    mask, n = mask_of(where, len(a)), count_of(where, len(a))
+    pairs = jnp.maximum(n * (n - 1), 1)
+
+    def relative(distances: jax.Array) -> jax.Array:
+        total = jnp.sum(distances)
+        return distances * pairs / jnp.where(total > 0, total, 1)  # no pair: all are 0
+
+    ours, theirs = (relative(_distances(x, mask)) for x in (a, b))
+    return jnp.sum(smooth_l1(ours - theirs)) / n**2
 
 
-def angle_relation_loss(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
+def angle_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
     """RKD-A: the cosines of the angles that the examples of a batch form, compared by a smooth L1.
 
     `cos(x_i x_j x_k) = <e_ij, e_ik>` with `e_ij` the unit vector from `x_i` to `x_j`: Park et al., "Relational
@@ -69,33 +79,47 @@ def angle_relation_loss(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     Args:
       student: `[batch, ...]`.
       teacher: `[batch, ...]`, any features; constant.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar; 0 for a batch of one.
     """
-    a, b = _rows(student, teacher)
-    n = len(a)
+    a, b = _rows(student, teacher, where)
+    batch, mask = len(a), mask_of(where, len(a))
 
     def of_row(i: jax.Array) -> jax.Array:
-        ours, theirs = unit(a - a[i]), unit(b - b[i])
+        sees = (mask & mask[i])[:, None]  # who does not count is like a duplicate
+        ours, theirs = (unit(jnp.where(sees, x - x[i], 0)) for x in (a, b))
         return jnp.sum(smooth_l1(ours @ ours.T - theirs @ theirs.T))
 
-    return jnp.sum(_by_rows(of_row, n, max(a.size, b.size, n * n))) / n**3
+    total = jnp.sum(_by_rows(of_row, batch, max(a.size, b.size, batch * batch)))
+    return total / count_of(where, batch) ** 3
 
 
 def relational_loss(
-    student: ArrayLike, teacher: ArrayLike, *, distance_weight: float = 25.0, angle_weight: float = 50.0
+    student: ArrayLike,
+    teacher: ArrayLike,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """RKD-DA: `distance_weight * distance_relation_loss + angle_weight * angle_relation_loss`.
 
     Park et al., "Relational knowledge distillation", 2019, section 3.2, with the weights that the authors use for
-    metric learning and reimplementations for classification. Shapes as there; a scalar.
+    metric learning and reimplementations for classification. Shapes and `where` as there; a scalar.
     """
-    distance = distance_weight * distance_relation_loss(student, teacher) if distance_weight else jnp.zeros(())
-    return distance + (angle_weight * angle_relation_loss(student, teacher) if angle_weight else 0)
+    total = jnp.zeros(())
+    if distance_weight:
+        total += distance_weight * distance_relation_loss(student, teacher, where=where)
+    if angle_weight:
+        total += angle_weight * angle_relation_loss(student, teacher, where=where)
+    return total
 
 
-def similarity_preserving_loss(student: ArrayLike, teacher: ArrayLike, *, norm_order: float = 2) -> jax.Array:
+def similarity_preserving_loss(
+    student: ArrayLike, teacher: ArrayLike, *, norm_order: float = 2, where: ArrayLike | None = None
+) -> jax.Array:
     """SP: the examples' inner products, rows scaled to unit norm, compared: `||G_s - G_t||^2 / batch^2`.
 
     Tung and Mori, "Similarity-preserving knowledge distillation", 2019. An example of zeros is like
@@ -105,13 +129,15 @@ def similarity_preserving_loss(student: ArrayLike, teacher: ArrayLike, *, norm_o
       student: `[batch, ...]`.
       teacher: `[batch, ...]`, any features; constant.
       norm_order: of the rows' norm; 2 in the paper.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar.
     """
     # Rows of unit norm do not depend on a common scale, which keeps the products finite.
-    ours, theirs = (unit(x @ x.T, order=norm_order) for x in (scaled(x, (0, 1))[0] for x in _rows(student, teacher)))
-    return jnp.mean((ours - theirs) ** 2)
+    pair = (scaled(x, (0, 1))[0] for x in _rows(student, teacher, where))
+    ours, theirs = (unit(x @ x.T, order=norm_order) for x in pair)
+    return jnp.sum((ours - theirs) ** 2) / count_of(where, len(ours)) ** 2
 
 
 def correlation_matrix(features: jax.Array, *, gamma: float = 0.4, order: int = 2, normalize: bool = True) -> jax.Array:
@@ -143,6 +169,7 @@ def correlation_congruence_loss(
     gamma: float = 0.4,
     order: int = 2,
     normalize: bool = True,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     """CC: the mean square of the difference of student's and teacher's correlations between examples.
 
@@ -156,23 +183,26 @@ def correlation_congruence_loss(
       gamma: see `correlation_matrix`.
       order: see `correlation_matrix`.
       normalize: rows to unit norm first. Without it the values grow as the features' `4 * order`-th power.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar.
     """
     if kernel == "gaussian":
         ours, theirs = (
-            correlation_matrix(x, gamma=gamma, order=order, normalize=normalize) for x in _rows(student, teacher)
+            correlation_matrix(x, gamma=gamma, order=order, normalize=normalize) for x in _rows(student, teacher, where)
         )
     elif kernel == "bilinear":
-        rows = (unit(x) if normalize else x for x in _rows(student, teacher))
+        rows = (unit(x) if normalize else x for x in _rows(student, teacher, where))
         ours, theirs = (x @ x.T for x in rows)
     else:
         raise ValueError(f"kernel must be 'gaussian' or 'bilinear', got {kernel!r}")
-    return jnp.mean((ours - theirs) ** 2)
+    return jnp.sum((ours - theirs) ** 2) / count_of(where, len(ours)) ** 2
 
 
-def consecutive_correlation_loss(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
+def consecutive_correlation_loss(
+    student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None
+) -> jax.Array:
     """CC as a widespread implementation has it: the product of consecutive examples' errors.
 
     `mean_i sum_d |s - t|_id |s - t|_(i+1)d` over consecutive pairs, on embeddings of one size. For comparison with
@@ -181,18 +211,21 @@ def consecutive_correlation_loss(student: ArrayLike, teacher: ArrayLike) -> jax.
     Args:
       student: `[batch, features]`.
       teacher: the same shape; constant.
+      where: `[batch]`, which examples count; pairs are of neighbours that both do.
 
     Returns:
       A scalar; 0 for a batch of one.
     """
-    a, b = feature_pair(student, teacher, layout="[batch, features]", same_shape=True)
+    a, b = feature_pair(student, teacher, where, layout="[batch, features]", same_shape=True)
     if len(a) < 2:
         return jnp.zeros(())
-    error = jnp.abs(a - b)
-    return jnp.mean(jnp.sum(error[:-1] * error[1:], axis=-1))
+    error, mask = jnp.abs(a - b), mask_of(where, len(a))
+    return masked_mean(jnp.sum(error[:-1] * error[1:], axis=-1), mask[:-1] & mask[1:])
 
 
-def probabilistic_transfer_loss(student: ArrayLike, teacher: ArrayLike, *, epsilon: float = 1e-7) -> jax.Array:
+def probabilistic_transfer_loss(
+    student: ArrayLike, teacher: ArrayLike, *, epsilon: float = 1e-7, where: ArrayLike | None = None
+) -> jax.Array:
     """PKT: each example's similarities as a distribution over the batch, compared by the KL divergence.
 
     `mean_ij p_ij log((p_ij + epsilon) / (q_ij + epsilon))`, `p` the teacher's and `q` the student's cosine similarities
@@ -203,15 +236,19 @@ def probabilistic_transfer_loss(student: ArrayLike, teacher: ArrayLike, *, epsil
       student: `[batch, ...]`.
       teacher: `[batch, ...]`, any features; constant.
       epsilon: above 0.
+      where: `[batch]`, which examples count.
 
     Returns:
       A scalar.
     """
-    q, p = (_similarity_distribution(x) for x in _rows(student, teacher))
-    return jnp.mean(p * (jnp.log(p + epsilon) - jnp.log(q + epsilon)))
+    pair = _rows(student, teacher, where)
+    mask = mask_of(where, len(pair[0]))
+    q, p = (_similarity_distribution(x, mask) for x in pair)
+    return jnp.sum(p * (jnp.log(p + epsilon) - jnp.log(q + epsilon))) / count_of(where, len(mask)) ** 2
 
 
-def _similarity_distribution(x: jax.Array) -> jax.Array:
+def _similarity_distribution(x: jax.Array, mask: jax.Array) -> jax.Array:
     rows = unit(x)
     similarity = jnp.maximum((rows @ rows.T + 1) / 2, 0)  # rounding can take a cosine below -1
-    return similarity / jnp.sum(similarity, axis=-1, keepdims=True)
+    similarity = jnp.where(mask[:, None] & mask, similarity, 0)
+    return similarity / jnp.where(mask[:, None], jnp.sum(similarity, axis=-1, keepdims=True), 1)
