@@ -6,10 +6,12 @@ matrix of its inputs, the sum of their squares, and the number of rows, with a `
 is the matrices `[problems, inputs, outputs]` that such methods work on. Nothing is patched and nothing leaks: the sums
 are the gradients of zeros that stand beside the weights during one call (`_observed.py` has the trick).
 
-`InputObserver` does the same for methods that measure again after each change of a weight.
+`InputObserver` does the same for methods that measure again after each change of a weight. `compensated` is
+the walk over a weight's inputs that SparseGPT and GPTQ share: settle one, let the later ones make up for the error.
 """
 
+from jaxcompress.calibrate._compensate import compensated, inverse_factor
 from jaxcompress.calibrate._layout import Layout
 from jaxcompress.calibrate._statistics import InputObserver, InputStatistics, input_statistics
 
-__all__ = ["InputObserver", "InputStatistics", "Layout", "input_statistics"]
+__all__ = ["InputObserver", "InputStatistics", "Layout", "compensated", "input_statistics", "inverse_factor"]

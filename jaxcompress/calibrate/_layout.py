@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxcompress.arrays._products import block_map
 
 Step = tuple[str, tuple[int, ...]]
-"""What happened to a weight on its way to a product: `("transpose", permutation)`, `("reshape", shape)`, `("rev", axes)`."""
+"""What was done to a weight before a product: `("transpose", permutation)`, `("reshape", shape)`, `("rev", axes)`."""
 
 
 @dataclasses.dataclass(frozen=True)

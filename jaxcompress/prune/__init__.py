@@ -28,6 +28,7 @@ from jaxcompress.prune._forward import learned_thresholds, soft_threshold, strai
 from jaxcompress.prune._masks import SparsifyState, apply_masks, check_finite, masks, sparsity, threshold, to_sparse
 from jaxcompress.prune._patterns import NM, Below, Blocks, Pattern, Unstructured, filters, kernels, vectors
 from jaxcompress.prune._penalties import L1, GroupLasso, Penalty, ProximalState, penalize, penalty, proximal
+from jaxcompress.prune._post_training import Pruned, sparsegpt, wanda_one_shot
 from jaxcompress.prune._rewire import RewireState, at_random, by_gradient, rewire
 from jaxcompress.prune._schedules import Schedule, cosine, iterative, one_shot, periodic, polynomial
 from jaxcompress.prune._scores import (
@@ -60,6 +61,7 @@ __all__ = [
     "Pattern",
     "Penalty",
     "ProximalState",
+    "Pruned",
     "RewireState",
     "Schedule",
     "Score",
@@ -96,6 +98,7 @@ __all__ = [
     "rewire",
     "saliency",
     "soft_threshold",
+    "sparsegpt",
     "sparsify",
     "sparsity",
     "straight_through",
@@ -106,4 +109,5 @@ __all__ = [
     "to_sparse",
     "vectors",
     "wanda",
+    "wanda_one_shot",
 ]

@@ -1,0 +1,258 @@
+"""One-shot pruning of a trained model from calibration batches: SparseGPT, and Wanda. No training, no gradients."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxcompress import paths
+from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, compensated, inverse_factor
+from jaxcompress.prune._fixed import choose
+from jaxcompress.prune._patterns import NM, Pattern, Unstructured
+from jaxcompress.prune._plan import plan_for
+from jaxcompress.prune._ranking import Ranking, lowest
+from jaxcompress.prune._schedules import one_shot
+from jaxcompress.prune._scores import wanda
+
+Rules = paths.Rules[Pattern | float | None]
+Prune = Callable[[str, Array, InputStatistics, Pattern], tuple[Array, Array]]
+
+
+class Pruned(NamedTuple):
+    """A model that was pruned in one shot."""
+
+    params: Any  # the parameters, exactly zero where pruned
+    masks: Any  # a tree of the parameters: bool, True is kept, as `fixed` and `apply_masks` take it; None: not pruned
+
+
+def sparsegpt(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    sequential: bool | Sequence[str] = False,
+    allow_empty: bool = False,
+) -> Pruned:
+    """Prunes each chosen weight so that its outputs change little, and lets the kept weights make up for the pruned.
+
+    SparseGPT (Frantar & Alistarh 2023, algorithm 1). With the inputs' Gram matrix `H` and `U^T U` the inverse of its
+    damped form, weights are pruned input by input in the order of the weight's axes; the error of each is taken up by
+    the weights of later inputs. Which go is decided for `block_size` inputs at a time (`Unstructured`), or for each
+    group of `m` as it is reached (`NM`): those of lowest `w**2 / U[j, j]**2`.
+
+        pruned = prune.sparsegpt(lambda v, x: model.apply(v, x), variables, batches, {"kernel$": prune.NM(2, 4)})
+        tx = optax.chain(optax.adam(1e-4), prune.fixed(pruned.masks))  # to train what is left
+
+    Dense kernels of any rank, weights stacked by `scan`, grouped and depthwise convolutions: see
+    `calibrate.input_statistics`, which also says what the function may contain. A weight that is divided among devices
+    along its outputs is pruned where it is.
+
+    Args:
+      fn: `fn(params, batch)`, the model; whatever it returns, some of it floating point.
+      params: a tree of arrays.
+      batches: calibration data: some hundred examples or more, like those of training.
+      rules: by path, what is pruned how: a sparsity, `Unstructured` (without a scope), `NM` along the last of the input
+        axes, or `None` (kept dense). The first match wins.
+      damping: added to the Gram matrix's diagonal, relative to its mean.
+      block_size: inputs whose weights are ranked together, and after which the later ones are brought up to date.
+      sequential: measure each weight's inputs with the weights before it already pruned: True takes the order of their
+        first use, a list of paths another order. It reads the batches once a weight. The layers of a weight that is
+        stacked by `scan` count as one.
+      allow_empty: whether a layer may lose all its weights.
+
+    Returns:
+      Parameters and masks. In each layer the number pruned is that asked for.
+
+    Raises:
+      ValueError: rules that don't fit (see `sparsify`), or patterns other than those above; weights or statistics that
+        are not finite; a weight whose inputs can't be measured; a Gram matrix that needs more damping; an order that is
+        not of the chosen weights, or batches that can be read only once, with `sequential`.
+    """
+    if not 0 < damping < jnp.inf or block_size < 1:
+        raise ValueError(f"damping must be positive and block_size at least 1, got {damping} and {block_size}")
+
+    def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
+        new, kept = _sparsegpt(
+            weight, statistics.gram, damping, layout=statistics.layout, pattern=pattern, block=block_size
+        )
+        if not bool(jnp.all(jnp.isfinite(new))):
+            raise ValueError(
+                f"the Gram matrix of the inputs of {name!r} is not positive definite in float32 with "
+                f"damping={damping}: raise the damping, or calibrate on more batches"
+            )
+        return new, kept
+
+    return _pruned(fn, params, batches, rules, prune_one, sequential, allow_empty, gram=True)
+
+
+def wanda_one_shot(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules,
+    *,
+    sequential: bool | Sequence[str] = False,
+    allow_empty: bool = False,
+) -> Pruned:
+    """Prunes of each output's weights those of lowest `|w| norm(x)`, and leaves the others as they are.
+
+    Wanda (Sun et al. 2024): the score `prune.wanda`, with the inputs' norms over `batches`, ranked output by output, so
+    that each output keeps as many weights as any other; or within the groups of `NM`. A kernel of a convolution has the
+    patches under it as its inputs.
+
+    Args, Returns, Raises: as for `sparsegpt`, which changes the kept weights and costs more; `NM` may run along any of
+    the input axes, and the part pruned of each output is rounded to whole weights.
+    """
+
+    def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
+        layout = statistics.layout
+        norms = jnp.sqrt(statistics.squares)
+        scores = jax.vmap(wanda)(layout.matrices(weight.astype(jnp.float32)), norms)
+        if isinstance(pattern, NM):
+            kept = choose({name: layout.weight(scores)}, {"": pattern})[name]
+        else:
+            by_output = dataclasses.replace(pattern, stack=2)  # type: ignore[type-var]
+            chosen = choose({name: jnp.swapaxes(scores, 1, 2)}, {"": by_output}, allow_empty=allow_empty)[name]
+            kept = layout.weight(jnp.swapaxes(chosen, 1, 2))
+        return jnp.where(kept, weight, jnp.zeros_like(weight)), kept
+
+    return _pruned(fn, params, batches, rules, prune_one, sequential, allow_empty, gram=False)
+
+
+def _pruned(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules,
+    prune_one: Prune,
+    sequential: bool | Sequence[str],
+    allow_empty: bool,
+    *,
+    gram: bool,
+) -> Pruned:
+    """Measures and prunes: all weights at once, or one after the other."""
+    in_steps = sequential is True or (not isinstance(sequential, bool) and len(sequential) > 0)
+    if in_steps and iter(batches) is batches:
+        raise ValueError("sequential=True reads the batches once a weight: hand in a list of them, not an iterator")
+    plan = [layer for layer in plan_for(rules, params, one_shot(0), allow_empty) if layer is not None]
+    patterns = {layer.name: layer.pattern for layer in plan}
+    leaves = dict(paths.named_leaves(params))
+    for name in patterns:
+        if not bool(jnp.all(jnp.isfinite(leaves[name]))):
+            raise ValueError(f"the weights {name!r} are not finite (NaN or infinite): nothing is pruned")
+    if not in_steps:
+        batches = list(batches)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("there are no batches to calibrate on: `batches` is empty")
+    observer = InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in patterns}, gram=gram)
+    for name, layout in observer.layouts.items():
+        _check(name, layout, patterns[name], last_only=gram)
+
+    masks: dict[str, Array] = {}
+    for names in _rounds(list(observer.layouts), sequential if in_steps else False):
+        current = _like(params, leaves.values())
+        statistics = observer.measure(current, batches, only=names if in_steps else None)
+        for name in names:
+            leaves[name], masks[name] = prune_one(name, leaves[name], statistics.pop(name), patterns[name])
+    return Pruned(_like(params, leaves.values()), _like(params, [masks.get(name) for name in leaves]))
+
+
+def _like(tree: Any, leaves: Iterable[Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _rounds(names: list[str], sequential: bool | Sequence[str]) -> list[list[str]]:
+    """Which weights are pruned on one measurement, in order."""
+    if sequential is False:
+        return [names]
+    if sequential is True:
+        return [[name] for name in names]
+    if sorted(sequential) != sorted(names):
+        raise ValueError(f"sequential gives the order of {list(sequential)}, but the rules choose {names}")
+    return [[name] for name in sequential]
+
+
+def _check(name: str, layout: Layout, pattern: Pattern, last_only: bool) -> None:
+    """Raises ValueError for patterns that the methods here have no answer to."""
+    if isinstance(pattern, Unstructured) and pattern.scope is None:
+        own = layout.own_axes(tuple(range(layout.stack)))[: pattern.stack]
+        if own != tuple(range(pattern.stack)):
+            raise ValueError(f"{name!r}: {pattern} stacks axes that no scan slices off: {layout}")
+    elif isinstance(pattern, NM):
+        axes = layout.own_axes(layout.inputs)
+        axes = axes[-1:] if last_only else axes
+        length = layout.shape[pattern.axis]
+        if pattern.axis % len(layout.shape) not in axes or (last_only and length % pattern.m):
+            raise ValueError(
+                f"{name!r} of shape {layout.shape} can be pruned {pattern.n}:{pattern.m} along its input axes "
+                f"{[axis for axis in axes if axis is not None]}, whose lengths {pattern.m} must divide, not along axis "
+                f"{pattern.axis}: pass NM({pattern.n}, {pattern.m}, axis=...), or another pattern"
+            )
+    else:
+        raise ValueError(f"{name!r}: want a sparsity, Unstructured without a scope, or NM, got {pattern}")
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "pattern", "block"))
+def _sparsegpt(
+    weight: Float[Array, "*shape"],
+    gram: Float[Array, "problems inputs inputs"],
+    damping: float,
+    *,
+    layout: Layout,
+    pattern: Unstructured | NM,
+    block: int,
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    matrices = layout.matrices(weight.astype(jnp.float32))
+    group = pattern.m if isinstance(pattern, NM) else min(block, matrices.shape[1])
+    budgets = _budgets(pattern, layout, group) if isinstance(pattern, Unstructured) else None
+    one = functools.partial(_sparsegpt_matrix, damping=damping, pattern=pattern, group=group, block=block)
+    new, kept = jax.vmap(one)(matrices, gram, budgets)
+    mask = layout.weight(kept)
+    return jnp.where(mask, layout.weight(new), 0.0).astype(weight.dtype), mask
+
+
+def _sparsegpt_matrix(
+    matrix: Float[Array, "inputs outputs"],
+    gram: Float[Array, "inputs inputs"],
+    budgets: Array | np.ndarray | None,
+    *,
+    damping: Any,
+    pattern: Unstructured | NM,
+    group: int,
+    block: int,
+) -> tuple[Array, Array]:
+    factor, dead = inverse_factor(gram, damping)
+    matrix = jnp.where(dead[:, None], 0.0, matrix)
+
+    def decide(rows: Array, diagonal: Array, index: Array) -> Array:
+        scores = jnp.square(rows / diagonal[:, None])  # NaN, which is never pruned, where the last group is filled up
+        if isinstance(pattern, NM):
+            return jnp.isnan(NM(pattern.n, pattern.m, axis=0).pool(scores))
+        assert budgets is not None
+        return ~lowest([Ranking([scores], budgets[index])])[0][0]
+
+    def settle(row: Array, kept: Array, i: Array) -> Array:
+        return jnp.where(kept[i], row, 0.0)
+
+    new, kept = compensated(matrix, factor, decide, settle, group=group, block=block)
+    return new, kept.reshape(-1, matrix.shape[1])[: matrix.shape[0]]
+
+
+def _budgets(pattern: Unstructured, layout: Layout, group: int) -> np.ndarray:
+    """How many weights go in each group of inputs, `[problems, groups]`: in a layer as many as the pattern says."""
+    problems, inputs, outputs = layout.matrix_shape
+    layers = int(np.prod(layout.shape[: pattern.stack], dtype=np.int64))
+    ends = np.minimum(np.arange(1, -(-inputs // group) + 1) * group, inputs)
+    before = np.arange(problems // layers)[:, None] * inputs
+    gone = np.floor(pattern.sparsity * outputs * (before + ends) + 0.5).astype(np.int64).reshape(-1)
+    return np.tile(np.diff(gone, prepend=0).reshape(problems // layers, -1), (layers, 1)).astype(np.uint32)
