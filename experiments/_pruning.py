@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,11 @@ import numpy as np
 import optax
 
 from experiments import _results
+from experiments._selection import Choice, select
 from experiments.data import Dataset, load
 from jaxcompress import prune
 
+T = TypeVar("T")
 Params = Any
 Loss = Callable[..., tuple[jax.Array, Any]]
 """`(params, extras, arguments, images, labels, key) -> (loss, extras)`; `extras` are batch statistics or nothing."""
@@ -165,6 +167,10 @@ class Lab:
     def result(self, **fields: Any) -> _results.Result:
         """`_results.result` of this data set."""
         return _results.result(self.dataset, **fields)
+
+    def chosen(self, what: str, scores: Mapping[T, float]) -> tuple[T, Choice]:
+        """The candidate of the best accuracy on the validation split, and the record of the choice."""
+        return select(what, scores, lambda candidate, _: scores[candidate], self.dataset.validation)
 
     def trainer(self, tx_for: Callable[[Any], optax.GradientTransformation], loss: Loss | None = None) -> "Trainer":
         """A training around an optimizer that is made of traced arguments (masks, rate, total steps)."""
