@@ -52,7 +52,7 @@ def surgeon(w, x, *, block=None, part=None, nm=None):
     return np.where(kept, w, 0), kept
 
 
-@pytest.mark.parametrize("block", [1, 8, 10, 128])
+@pytest.mark.parametrize("block", [1, 10])
 def test_sparsegpt_is_optimal_brain_surgery(block, rng):
     w, x = problem(rng)
     expected, kept = surgeon(w, x, block=block, part=0.6)
@@ -99,30 +99,29 @@ def test_wanda_ranks_each_outputs_weights(rng):
     np.testing.assert_array_equal(prune.masks(state)["w"], expected)
 
 
-def convolution(groups):
+@pytest.mark.parametrize(("groups", "pattern"), [(1, prune.NM(2, 4)), (2, 0.5), (8, 0.4)])
+def test_convolutions(groups, pattern, rng):
+    """A convolution is a product with patches, a grouped one many products; together they lose the weights of one."""
+    x = correlated(rng, 3 * 6 * 6, 8).reshape(3, 6, 6, 8)
+    w = jnp.asarray(rng.normal(size=(3, 3, 8 // groups, 8)), jnp.float32)
+
     def fn(p, x):
         return lax.conv_general_dilated(
             x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
         )
 
-    return fn
-
-
-@pytest.mark.parametrize(("groups", "pattern"), [(1, prune.NM(2, 4)), (2, 0.5), (8, 0.4)])
-def test_convolutions(groups, pattern, rng):
-    """A grouped convolution is as many problems, and loses the weights of one."""
-    x = correlated(rng, 3 * 6 * 6, 8).reshape(3, 6, 6, 8)
-    w = jnp.asarray(rng.normal(size=(3, 3, 8 // groups, 8)), jnp.float32)
-    fn = convolution(groups)
-    gpt = prune.sparsegpt(fn, {"w": w}, [x], {"w": pattern})
-    wanda = prune.wanda_one_shot(fn, {"w": w}, [x], {"w": pattern})
-    error = [float(jnp.linalg.norm(fn({"w": w}, x) - fn(p.params, x))) for p in (gpt, wanda)]
-    assert error[0] < 0.9 * error[1]
-    if isinstance(pattern, prune.NM):
-        for pruned in (gpt, wanda):
-            assert np.all(np.sum(np.asarray(pruned.params["w"]).reshape(9, 2, 4, 8) != 0, axis=2) == 2)
-    else:
-        assert np.sum(gpt.params["w"] == 0) == np.floor(pattern * w.size + 0.5)
+    pruned = prune.sparsegpt(fn, {"w": w}, [x], {"w": pattern}, damping=DAMPING).params["w"]
+    assert np.sum(pruned == 0) == np.floor((pattern if groups > 1 else 0.5) * w.size + 0.5)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = np.stack([padded[:, i : i + 6, j : j + 6] for i in range(3) for j in range(3)], axis=-2)
+    if groups < 8:  # the groups of 9 x 1 weights have budgets of 3 and 4 in turn
+        for inputs, kernel, result in zip(
+            *(np.split(a, groups, axis=-1) for a in (patches, np.asarray(w), np.asarray(pruned))), strict=True
+        ):
+            ask = {"nm": (2, 4)} if groups == 1 else {"block": 128, "part": pattern}
+            n = inputs.shape[-1] * 9
+            expected, _ = surgeon(kernel.reshape(n, -1), inputs.reshape(-1, n), **ask)
+            np.testing.assert_allclose(result.reshape(n, -1), expected, rtol=5e-3, atol=5e-3)
 
 
 def test_stacked_layers_are_pruned_as_if_alone(rng):
@@ -202,7 +201,7 @@ def test_refuses(rng):
     params = {"w": w}
     for message, rules, kwargs in [
         ("matches no path", {"kernel": 0.5}, {}),
-        ("want a sparsity, Unstructured without", {"w": prune.filters(0.5)}, {}),
+        ("want a sparsity, Unstructured without", {"w": prune.vectors(0.5)}, {}),
         ("want a sparsity, Unstructured without", {"w": prune.Unstructured(0.5, scope="all")}, {}),
         (r"input axes \[0\].*not along axis 1", {"w": prune.NM(2, 4, axis=1)}, {}),
         ("5 does not divide", {"w": prune.NM(2, 5)}, {}),
