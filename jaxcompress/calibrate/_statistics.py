@@ -81,9 +81,11 @@ class InputObserver:
 
     Attributes:
       layouts: of the weights that `rules` choose, by path, in the order in which they are first used.
+      gram: whether Gram matrices are measured, or sums of squares alone.
     """
 
     layouts: dict[str, Layout]
+    gram: bool
 
     def __init__(
         self, fn: Callable[[Any, Any], Any], params: Any, batch: Any, rules: Rules[Any], *, gram: bool = True
@@ -98,7 +100,7 @@ class InputObserver:
             if name in names and (is_leaf(x) or not jnp.issubdtype(jnp.result_type(x), jnp.floating)):
                 kind = type(x).__name__ if is_leaf(x) else jnp.result_type(x)
                 raise TypeError(f"{name!r} is {kind}: inputs are measured of floating-point weights only")
-        self._fn, self._gram = fn, gram
+        self._fn, self.gram = fn, gram
         self.layouts = _found(fn, params, batch, names)
         self._step = jax.jit(self._accumulate, donate_argnums=0)
 
@@ -114,7 +116,7 @@ class InputObserver:
             totals, count = self._step(totals, params, batch, None if only is None else wanted), count + 1
         if not count:
             raise ValueError("there are no batches to measure inputs on: `batches` is empty")
-        found = {name: _finished(totals[name], self.layouts[name], self._gram) for name in names}
+        found = {name: _finished(totals[name], self.layouts[name], self.gram) for name in names}
         for name, statistics in found.items():
             if not bool(jnp.any(statistics.rows > 0)):
                 raise ValueError(f"nothing was measured for {name!r}: {_REASONS}")
@@ -126,7 +128,7 @@ class InputObserver:
         problems, inputs, _ = layout.matrix_shape
         stacked = layout.stacked
         own = problems // max(1, _product(stacked))
-        return jnp.zeros((*stacked, own, *[inputs] * (1 + self._gram))), jnp.zeros(stacked)
+        return jnp.zeros((*stacked, own, *[inputs] * (1 + self.gram))), jnp.zeros(stacked)
 
     def _accumulate(self, totals: Any, params: Any, batch: Any, wanted: Any) -> Any:
         def outputs(sums: Any) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxcompress import paths
 from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, compensated, inverse_factor
@@ -32,7 +33,7 @@ class Pruned(NamedTuple):
 
 
 def sparsegpt(
-    fn: Callable[[Any, Any], Any],
+    fn: Callable[[Any, Any], Any] | InputObserver,
     params: Any,
     batches: Iterable[Any],
     rules: Rules,
@@ -57,7 +58,8 @@ def sparsegpt(
     along its outputs is pruned where it is.
 
     Args:
-      fn: `fn(params, batch)`, the model; whatever it returns, some of it floating point.
+      fn: `fn(params, batch)`, the model; whatever it returns, some of it floating point. Or a `calibrate.InputObserver`
+        of the model, which is compiled once for many calls.
       params: a tree of arrays.
       batches: calibration data: some hundred examples or more, like those of training.
       rules: by path, what is pruned how: a sparsity, `Unstructured` (without a scope), `NM` along the last of the input
@@ -81,8 +83,11 @@ def sparsegpt(
         raise ValueError(f"damping must be positive and block_size at least 1, got {damping} and {block_size}")
 
     def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
+        layout = statistics.layout
+        group = pattern.m if isinstance(pattern, NM) else min(block_size, layout.matrix_shape[1])
+        nm, budgets = (pattern, None) if isinstance(pattern, NM) else (None, _budgets(pattern, layout, group))
         new, kept = _sparsegpt(
-            weight, statistics.gram, damping, layout=statistics.layout, pattern=pattern, block=block_size
+            weight, statistics.gram, damping, budgets, layout=layout, nm=nm, group=group, block=block_size
         )
         if not bool(jnp.all(jnp.isfinite(new))):
             raise ValueError(
@@ -95,7 +100,7 @@ def sparsegpt(
 
 
 def wanda_one_shot(
-    fn: Callable[[Any, Any], Any],
+    fn: Callable[[Any, Any], Any] | InputObserver,
     params: Any,
     batches: Iterable[Any],
     rules: Rules,
@@ -129,7 +134,7 @@ def wanda_one_shot(
 
 
 def _pruned(
-    fn: Callable[[Any, Any], Any],
+    fn: Callable[[Any, Any], Any] | InputObserver,
     params: Any,
     batches: Iterable[Any],
     rules: Rules,
@@ -149,22 +154,36 @@ def _pruned(
     for name in patterns:
         if not bool(jnp.all(jnp.isfinite(leaves[name]))):
             raise ValueError(f"the weights {name!r} are not finite (NaN or infinite): nothing is pruned")
-    if not in_steps:
-        batches = list(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("there are no batches to calibrate on: `batches` is empty")
-    observer = InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in patterns}, gram=gram)
-    for name, layout in observer.layouts.items():
-        _check(name, layout, patterns[name], last_only=gram)
+    observer, batches = _observer(fn, params, batches, list(patterns), gram)
+    order = [name for name in observer.layouts if name in patterns]
+    for name in order:
+        _check(name, observer.layouts[name], patterns[name], last_only=gram)
 
     masks: dict[str, Array] = {}
-    for names in _rounds(list(observer.layouts), sequential if in_steps else False):
-        current = _like(params, leaves.values())
-        statistics = observer.measure(current, batches, only=names if in_steps else None)
+    for names in _rounds(order, sequential if in_steps else False):
+        only = names if len(names) < len(observer.layouts) else None
+        statistics = observer.measure(_like(params, leaves.values()), batches, only)
         for name in names:
             leaves[name], masks[name] = prune_one(name, leaves[name], statistics.pop(name), patterns[name])
     return Pruned(_like(params, leaves.values()), _like(params, [masks.get(name) for name in leaves]))
+
+
+def _observer(
+    fn: Callable[[Any, Any], Any] | InputObserver, params: Any, batches: Iterable[Any], names: list[str], gram: bool
+) -> tuple[InputObserver, Iterable[Any]]:
+    """What measures these weights, and all batches."""
+    if isinstance(fn, InputObserver):
+        missing = [name for name in names if name not in fn.layouts]
+        if missing or (gram and not fn.gram):
+            lacks = f"does not measure {missing}" if missing else "measures squares only (gram=False)"
+            raise ValueError(f"the observer {lacks}: make one that does")
+        return fn, batches
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("there are no batches to calibrate on: `batches` is empty")
+    batches = itertools.chain([first], rest) if rest is batches else batches
+    return InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in names}, gram=gram), batches
 
 
 def _like(tree: Any, leaves: Iterable[Any]) -> Any:
@@ -202,50 +221,40 @@ def _check(name: str, layout: Layout, pattern: Pattern, last_only: bool) -> None
         raise ValueError(f"{name!r}: want a sparsity, Unstructured without a scope, or NM, got {pattern}")
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "pattern", "block"))
+@functools.partial(jax.jit, static_argnames=("layout", "nm", "group", "block"))
 def _sparsegpt(
     weight: Float[Array, "*shape"],
     gram: Float[Array, "problems inputs inputs"],
     damping: float,
+    budgets: UInt32[Array, "problems groups"] | None,
     *,
     layout: Layout,
-    pattern: Unstructured | NM,
-    block: int,
-) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
-    matrices = layout.matrices(weight.astype(jnp.float32))
-    group = pattern.m if isinstance(pattern, NM) else min(block, matrices.shape[1])
-    budgets = _budgets(pattern, layout, group) if isinstance(pattern, Unstructured) else None
-    one = functools.partial(_sparsegpt_matrix, damping=damping, pattern=pattern, group=group, block=block)
-    new, kept = jax.vmap(one)(matrices, gram, budgets)
-    mask = layout.weight(kept)
-    return jnp.where(mask, layout.weight(new), 0.0).astype(weight.dtype), mask
-
-
-def _sparsegpt_matrix(
-    matrix: Float[Array, "inputs outputs"],
-    gram: Float[Array, "inputs inputs"],
-    budgets: Array | np.ndarray | None,
-    *,
-    damping: Any,
-    pattern: Unstructured | NM,
+    nm: NM | None,
     group: int,
     block: int,
-) -> tuple[Array, Array]:
-    factor, dead = inverse_factor(gram, damping)
-    matrix = jnp.where(dead[:, None], 0.0, matrix)
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """The pruned weight and its mask: `nm`, or so many of each group of inputs as the budgets say."""
 
-    def decide(rows: Array, diagonal: Array, index: Array) -> Array:
-        scores = jnp.square(rows / diagonal[:, None])  # NaN, which is never pruned, where the last group is filled up
-        if isinstance(pattern, NM):
-            return jnp.isnan(NM(pattern.n, pattern.m, axis=0).pool(scores))
-        assert budgets is not None
-        return ~lowest([Ranking([scores], budgets[index])])[0][0]
+    def prune_matrix(matrix: Array, gram: Array, budgets: Array | None) -> tuple[Array, Array]:
+        factor, dead = inverse_factor(gram, damping)
+        matrix = jnp.where(dead[:, None], 0.0, matrix)
 
-    def settle(row: Array, kept: Array, i: Array) -> Array:
-        return jnp.where(kept[i], row, 0.0)
+        def decide(rows: Array, diagonal: Array, index: Array) -> Array:
+            scores = jnp.square(rows / diagonal[:, None])  # NaN, which is never pruned, where a group is filled up
+            if budgets is None:
+                assert nm is not None
+                return jnp.isnan(NM(nm.n, nm.m, axis=0).pool(scores))
+            return ~lowest([Ranking([scores], budgets[index])])[0][0]
 
-    new, kept = compensated(matrix, factor, decide, settle, group=group, block=block)
-    return new, kept.reshape(-1, matrix.shape[1])[: matrix.shape[0]]
+        def settle(row: Array, kept: Array, i: Array) -> Array:
+            return jnp.where(kept[i], row, 0.0)
+
+        new, kept = compensated(matrix, factor, decide, settle, group=group, block=block)
+        return new, kept.reshape(-1, matrix.shape[1])[: matrix.shape[0]]
+
+    new, kept = jax.vmap(prune_matrix)(layout.matrices(weight.astype(jnp.float32)), gram, budgets)
+    mask = layout.weight(kept)
+    return jnp.where(mask, layout.weight(new), 0.0).astype(weight.dtype), mask
 
 
 def _budgets(pattern: Unstructured, layout: Layout, group: int) -> np.ndarray:

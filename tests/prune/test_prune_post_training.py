@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress import prune
-from jaxcompress.calibrate import Layout
+from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.prune._post_training import _sparsegpt
 
 DAMPING = 0.01
@@ -149,9 +149,10 @@ def test_one_layer_after_the_other(rng):
     rules = {"z|a": 0.7}
     first = prune.sparsegpt(two_layers, params, [x], {"z": 0.7})
     second = prune.sparsegpt(two_layers, first.params, [x], {"a": 0.7})
-    at_once = prune.sparsegpt(two_layers, params, [x], rules)
+    observer = InputObserver(two_layers, params, x, rules)
+    at_once = prune.sparsegpt(observer, params, [x], rules)
     for order in (True, ["z", "a"]):
-        pruned = prune.sparsegpt(two_layers, params, [x], rules, sequential=order)
+        pruned = prune.sparsegpt(observer, params, [x], rules, sequential=order)
         for name, expected in {"z": first, "a": second}.items():
             np.testing.assert_array_equal(pruned.params[name], expected.params[name])
     assert not np.array_equal(pruned.params["a"], at_once.params["a"])
@@ -176,8 +177,9 @@ def test_collectives_are_scalars(rng):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     w = jax.device_put(jnp.ones((24, 32)), NamedSharding(mesh, P(None, "model")))
     gram = jax.device_put(jnp.eye(24)[None], NamedSharding(mesh, P()))
-    layout = Layout((24, 32), (), 0, (), (0,), (1,))
-    text = _sparsegpt.lower(w, gram, 0.01, layout=layout, pattern=prune.Unstructured(0.5), block=8).compile().as_text()
+    layout, budgets = Layout((24, 32), (), 0, (), (0,), (1,)), jnp.full((1, 3), 128, jnp.uint32)
+    lowered = _sparsegpt.lower(w, gram, 0.01, budgets, layout=layout, nm=None, group=8, block=8)
+    text = lowered.compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text
     sizes = [line.split("=")[1].split("all-reduce")[0] for line in text.splitlines() if " all-reduce(" in line]
     assert sizes and all("[]" in size or "[1]" in size for size in sizes)
@@ -220,5 +222,11 @@ def test_refuses(rng):
         prune.wanda_one_shot(linear, params, [x.at[0, 0].set(jnp.nan)], {"w": 0.5})
     with pytest.raises(ValueError, match="not an iterator"):
         prune.wanda_one_shot(linear, params, iter([x]), {"w": 0.5}, sequential=True)
+    for message, observer in [
+        (r"does not measure \['v'\]", InputObserver(linear, params | {"v": w}, x, {"w": True})),
+        ("squares only", InputObserver(linear, params, x, {"w": True}, gram=False)),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prune.sparsegpt(observer, {"w": w, "v": w}, [x], {"w" if "squares" in message else "w|v": 0.5})
     with pytest.raises(ValueError, match="batches` is empty"):
         prune.wanda_one_shot(linear, params, [], {"w": 0.5})
