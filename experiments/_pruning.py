@@ -22,6 +22,7 @@ from experiments import _results
 from experiments._selection import Choice, select
 from experiments.data import Dataset, load
 from jaxcompress import prune
+from jaxcompress.paths import named_leaves
 
 T = TypeVar("T")
 Params = Any
@@ -239,6 +240,18 @@ def held(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
     return optax.chain(sgd(arguments), prune.fixed(arguments["masks"], packed=False))
 
 
+def all_kept(params: Params) -> Any:
+    """Masks that prune nothing, of every parameter."""
+    return jax.tree.map(lambda x: jnp.ones(jnp.shape(x), bool), params)
+
+
+def completed(masks: Any, params: Params) -> Any:
+    """Masks of every parameter: True where none was chosen, so that all arms have one structure."""
+    given = dict(named_leaves(masks))
+    leaves = [given.get(name, jnp.ones(x.shape, bool)) for name, x in named_leaves(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def coupled(masks: Any, layers: Sequence[str]) -> Any:
     """Masks of whole units, with the units' biases and the next layer's inputs from them."""
     own = {layer: dict(masks[layer]) for layer in layers}
@@ -247,7 +260,8 @@ def coupled(masks: Any, layers: Sequence[str]) -> Any:
         if kernel is None:
             continue
         alive = jnp.any(kernel, axis=tuple(range(kernel.ndim - 1)))
-        own[layer]["bias"] = alive
+        if "bias" in own[layer]:
+            own[layer]["bias"] = alive
         rows = own[following]["kernel"]
         inputs = jnp.tile(alive, rows.shape[-2] // alive.size)  # a flattened image has its channels last
         own[following]["kernel"] = rows & inputs[:, None]

@@ -16,10 +16,9 @@ import optax
 import tyro
 
 from experiments import _pruning, _results
-from experiments._pruning import LAYERS, Lab, Trainer, command, coupled, held, sgd, write
+from experiments._pruning import LAYERS, Lab, Trainer, all_kept, command, completed, coupled, held, sgd, write
 from experiments._results import Column, Row
 from jaxcompress import prune
-from jaxcompress.paths import named_leaves
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,7 @@ def by_score(lab: Lab, config: Config) -> dict[str, dict[int, dict[str, float]]]
     gatherers = {name: (lab.trainer(after(gathering(score))), score) for name, score in wanted.items()}
     for seed in range(config.seeds):
         initial = lab.init(jax.random.key(seed))
-        full, tuning = {"masks": None, "rate": jnp.float32(config.rate)}, jnp.float32(config.tune_rate)
-        full["masks"] = jax.tree.map(lambda x: jnp.ones(x.shape, bool), initial)
+        full, tuning = {"masks": all_kept(initial), "rate": jnp.float32(config.rate)}, jnp.float32(config.tune_rate)
         trained = trainer(initial, full, seed=seed, epochs=config.epochs)
         dense = trainer(trained, full | {"rate": tuning}, seed=seed + 1000, epochs=config.tune_epochs)
         accuracy = lab.test(f"dense, seed {seed}", dense)
@@ -205,9 +203,9 @@ def by_score(lab: Lab, config: Config) -> dict[str, dict[int, dict[str, float]]]
             for s in config.sparsities:
                 if units:
                     chosen = UNIT_SCORES[name](measured, unit_rules(layers, s, "l2" if name == "L2 norm" else "l1"))
-                    chosen = coupled(with_ones(chosen, full["masks"]), layers)
+                    chosen = coupled(completed(chosen, initial), layers)
                 else:
-                    chosen = with_ones(SCORES[name](measured, s), full["masks"])
+                    chosen = completed(SCORES[name](measured, s), initial)
                 start = trained
                 if name == SNIP:  # chosen before the training, so trained with it
                     start = trainer(initial, full | {"masks": chosen}, seed=seed, epochs=config.epochs)
@@ -216,13 +214,6 @@ def by_score(lab: Lab, config: Config) -> dict[str, dict[int, dict[str, float]]]
             rows.setdefault(name, {})[seed] = figures
         print(f"{config.table}, seed {seed}: done", flush=True)
     return rows
-
-
-def with_ones(masks: Any, ones: Any) -> Any:
-    """Masks of every parameter: True where none was chosen, so that all arms have one structure."""
-    given = dict(named_leaves(masks))
-    leaves = [given.get(name, x) for name, x in named_leaves(ones)]
-    return jax.tree.unflatten(jax.tree.structure(ones), leaves)
 
 
 def by_schedule(lab: Lab, config: Config) -> dict[str, dict[int, dict[str, float]]]:

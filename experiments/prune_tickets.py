@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments import _pruning, _results
-from experiments._pruning import LAYERS, Lab, Trainer, command, coupled, held, write
+from experiments._pruning import LAYERS, Lab, Trainer, command, completed, coupled, held, write
 from experiments._results import Column, Row
 from experiments._statistics import paired_difference
 from jaxcompress import prune
@@ -129,11 +129,7 @@ class Run:
 
     def full(self, masks: Any) -> Any:
         """The masks that are trained under: those of units take their biases and followers along."""
-        if not self.config.structured:
-            return masks
-        ones = jax.tree.map(lambda x: jnp.ones(x.shape, bool), self.initial)
-        chosen = {layer: {k: m for k, m in masks[layer].items() if m is not None} for layer in self.layers}
-        return coupled({layer: {**ones[layer], **chosen[layer]} for layer in self.layers}, self.layers)
+        return coupled(completed(masks, self.initial), self.layers) if self.config.structured else masks
 
     def trained(self, params: Any, masks: Any, epochs: int) -> tuple[Any, float]:
         """Trained parameters, and the accuracy after the first epoch on 1,000 validation images.

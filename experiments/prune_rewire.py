@@ -1,0 +1,130 @@
+"""Sparse training from the start: `python -m experiments.prune_rewire --data cifar10 --data-dir DIR`.
+
+RigL (Evci et al. 2020), SET (Mocanu et al. 2018) and static masks, which hold the sparsity from the first step to the
+last, beside gradual magnitude pruning, which begins dense, and the dense network. All spread their weights over the
+layers by Erdos-Renyi-Kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+from experiments import _pruning, _results
+from experiments._pruning import Lab, Strided, command, held, sgd, write
+from experiments._results import Column, Row
+from experiments.data import load
+from jaxcompress import prune
+
+
+@dataclass(frozen=True)
+class Config(_pruning.Config):
+    """RigL, SET, static masks and magnitude pruning at high sparsities."""
+
+    model: str = "convnet"
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of the convolutions."""
+    hidden: int = 64
+    sparsities: tuple[float, ...] = (0.9, 0.95, 0.98)
+    rate: float = 0.1
+    every: int = 20
+    """Steps between two changes of the masks."""
+    fraction: float = 0.3
+    """Of the weights in use, how many are replaced at first."""
+
+
+SHORT = Config(seeds=2, epochs=3, sparsities=(0.8,), widths=(6, 8), hidden=16, every=5, batch_size=64)
+"""A run of seconds, for tests; its accuracies mean little."""
+
+DENSE, STATIC, SET, RIGL, MAGNITUDE = "dense", "static", "SET", "RigL", "magnitude, gradual"
+
+
+def rewired(config: Config, rules: Any, steps: int, grow: Any) -> Callable[[Any], optax.GradientTransformation]:
+    """Masks that change until three quarters of the training; the key is an argument, so all seeds share a program."""
+    return lambda a: prune.around(
+        sgd(a),
+        prune.rewire(
+            rules,
+            key=a["key"],
+            end=3 * steps // 4,
+            every=config.every,
+            fraction=config.fraction,
+            grow=grow,
+            packed=False,
+        ),
+    )
+
+
+def gradual(config: Config, rules: Any, steps: int) -> Callable[[Any], optax.GradientTransformation]:
+    """Magnitude pruning along the polynomial, over the same part of the training."""
+    schedule = prune.polynomial(steps // 10, 3 * steps // 4, config.every)
+    return lambda a: optax.chain(sgd(a), prune.sparsify(rules, schedule, packed=False))
+
+
+def main(config: Config) -> _results.Result:
+    """Runs every arm, sparsity and seed, and writes the result and the figure."""
+    classes = load(config.data, config.data_dir).classes
+    lab = Lab(config, Strided(config.widths, config.hidden, classes))
+    steps, rate = config.epochs * lab.steps, jnp.float32(config.rate)
+    shapes = jax.eval_shape(lab.init, jax.random.key(0))
+    by_row: dict[str, dict[int, dict[str, float]]] = {}
+    fixed, seeds = lab.trainer(held), range(config.seeds)
+    for seed in seeds:
+        params = lab.init(jax.random.key(seed))
+        ones = jax.tree.map(jnp.ones_like, prune.choose(params, {"kernel$": 0.5}))
+        params = fixed(params, {"masks": ones, "rate": rate}, seed=seed, epochs=config.epochs)
+        accuracy = lab.test(f"{DENSE}, seed {seed}", params)
+        by_row.setdefault(DENSE, {})[seed] = {f"{100 * s:g}": accuracy for s in config.sparsities}
+    for s in config.sparsities:
+        rules = prune.erk(shapes, {"kernel$": True}, s)
+        trainers = {
+            STATIC: fixed,
+            SET: lab.trainer(rewired(config, rules, steps, prune.at_random)),
+            RIGL: lab.trainer(rewired(config, rules, steps, prune.by_gradient)),
+            MAGNITUDE: lab.trainer(gradual(config, rules, steps)),
+        }
+        for name, trainer in trainers.items():
+            for seed in seeds:
+                params, key = lab.init(jax.random.key(seed)), jax.random.key(1000 + seed)
+                arguments: dict[str, Any] = {"rate": rate}
+                if name == STATIC:
+                    masks = prune.choose(prune.random(params, key), rules)  # those that rewiring begins with
+                    every = jax.tree.map(jnp.ones_like, prune.choose(params, {"kernel$": 0.5}))
+                    arguments["masks"] = _pruning.completed(masks, every)
+                elif name in (SET, RIGL):
+                    arguments["key"] = key
+                params = trainer(params, arguments, seed=seed, epochs=config.epochs)
+                accuracy = lab.test(f"{name}, {s:.0%}, seed {seed}", params)
+                by_row.setdefault(name, {}).setdefault(seed, {})[f"{100 * s:g}"] = accuracy
+        print(f"{s:.0%}: done", flush=True)
+    rows = [Row.measured(name, by_seed) for name, by_seed in by_row.items()]
+    keys = [f"{100 * s:g}" for s in config.sparsities]
+    pairs = [(key, RIGL, STATIC) for key in keys] + [(key, SET, STATIC) for key in keys]
+    result = lab.result(
+        name=f"prune_rewire_{config.data}",
+        title=f"Sparse training from the start: convnet on {config.data}",
+        source="Test accuracy in %. The order that Evci et al. 2020 report is static, SET, RigL; their networks and"
+        " lengths are other ones, so their figures are not repeated here.",
+        command=command("prune_rewire", config),
+        selection="nothing was chosen: rates, lengths and sparsities were fixed beforehand",
+        columns=[Column(key, f"{key}% pruned") for key in keys],
+        rows=rows,
+        pairs=pairs if config.seeds > 1 else [],
+        notes=[
+            lab.setting(),
+            f"Convolutions of {config.widths} channels, hidden layer of {config.hidden}. Masks change every"
+            f" {config.every} steps until three quarters of the training; at first {config.fraction:.0%} of the weights"
+            f" in use are replaced. Static masks are those that RigL and SET begin with.",
+        ],
+    )
+    lines = {row.name: [(100 - float(key), row.ours[key].values) for key in keys] for row in rows}
+    write(result, config, lines, "test accuracy (%)", x_title="weights left (%)")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
