@@ -1,8 +1,8 @@
 """One-shot pruning of a trained model from calibration batches: SparseGPT, and Wanda. No training, no gradients."""
 
-import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxcompress import paths
 from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, compensated, inverse_factor
-from jaxcompress.prune._fixed import choose
 from jaxcompress.prune._patterns import NM, Pattern, Unstructured
 from jaxcompress.prune._plan import plan_for
 from jaxcompress.prune._ranking import Ranking, lowest
@@ -84,8 +83,12 @@ def sparsegpt(
 
     def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
         layout = statistics.layout
-        group = pattern.m if isinstance(pattern, NM) else min(block_size, layout.matrix_shape[1])
-        nm, budgets = (pattern, None) if isinstance(pattern, NM) else (None, _budgets(pattern, layout, group))
+        if isinstance(pattern, NM):
+            group, nm, budgets = pattern.m, pattern, None
+        else:
+            assert isinstance(pattern, Unstructured)
+            group, nm = min(block_size, layout.matrix_shape[1]), None
+            budgets = _budgets(pattern, layout, group)
         new, kept = _sparsegpt(
             weight, statistics.gram, damping, budgets, layout=layout, nm=nm, group=group, block=block_size
         )
@@ -120,15 +123,17 @@ def wanda_one_shot(
 
     def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
         layout = statistics.layout
-        norms = jnp.sqrt(statistics.squares)
-        scores = jax.vmap(wanda)(layout.matrices(weight.astype(jnp.float32)), norms)
         if isinstance(pattern, NM):
-            kept = choose({name: layout.weight(scores)}, {"": pattern})[name]
-        else:
-            by_output = dataclasses.replace(pattern, stack=2)  # type: ignore[type-var]
-            chosen = choose({name: jnp.swapaxes(scores, 1, 2)}, {"": by_output}, allow_empty=allow_empty)[name]
-            kept = layout.weight(jnp.swapaxes(chosen, 1, 2))
-        return jnp.where(kept, weight, jnp.zeros_like(weight)), kept
+            return _wanda(weight, statistics.squares, None, layout=layout, nm=pattern)
+        assert isinstance(pattern, Unstructured)
+        inputs = layout.matrix_shape[1]
+        gone = math.floor(pattern.sparsity * inputs + 0.5)
+        if gone == inputs and not allow_empty:
+            raise ValueError(
+                f"{name!r}: every output would lose all its {inputs} weights to {pattern}: lower the sparsity, give it "
+                f"the rule None, or pass allow_empty=True"
+            )
+        return _wanda(weight, statistics.squares, jnp.uint32(gone), layout=layout, nm=None)
 
     return _pruned(fn, params, batches, rules, prune_one, sequential, allow_empty, gram=False)
 
@@ -255,6 +260,26 @@ def _sparsegpt(
     new, kept = jax.vmap(prune_matrix)(layout.matrices(weight.astype(jnp.float32)), gram, budgets)
     mask = layout.weight(kept)
     return jnp.where(mask, layout.weight(new), 0.0).astype(weight.dtype), mask
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "nm"))
+def _wanda(
+    weight: Float[Array, "*shape"],
+    squares: Float[Array, "problems inputs"],
+    gone: UInt32[Array, ""] | None,
+    *,
+    layout: Layout,
+    nm: NM | None,
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """The pruned weight and its mask: `nm`, or so many of each output's weights."""
+    scores = jax.vmap(wanda)(layout.matrices(weight.astype(jnp.float32)), jnp.sqrt(squares))
+    if gone is None:
+        assert nm is not None
+        kept = jnp.isnan(nm.pool(layout.weight(scores)))
+    else:
+        pruned = lowest([Ranking([jnp.swapaxes(scores, 1, 2)], gone, stack=2)])[0][0]
+        kept = layout.weight(~jnp.swapaxes(pruned, 1, 2))
+    return jnp.where(kept, weight, jnp.zeros_like(weight)), kept
 
 
 def _budgets(pattern: Unstructured, layout: Layout, group: int) -> np.ndarray:
