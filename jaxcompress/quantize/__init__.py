@@ -2,11 +2,28 @@
 
 A grid is an `Affine` (bits, which axes have scales of their own, symmetric or not). `fake(apply, rules)` trains under
 the grids that `rules` give to parameters by path; `convert(params, rules)` then makes the `Quantized` leaves that
-`jaxcompress.compressed` runs.
+`jaxcompress.compressed` runs. `gptq(fn, params, batches, rules)` makes them of a model that was not trained for it, from
+calibration batches. Where values need not be evenly spaced, `KMeans`, `Binary` and `Ternary` make `Codebook` leaves
+instead, whose few centroids can be trained on.
 """
 
 from jaxcompress.quantize._affine import Affine, fake_quantize, quantize
-from jaxcompress.quantize._convert import convert
+from jaxcompress.quantize._codebook import Binary, KMeans, Ternary
+from jaxcompress.quantize._convert import Scheme, convert
 from jaxcompress.quantize._fake import FakeQuantized, fake, fake_quantize_input
+from jaxcompress.quantize._gptq import gptq
 
-__all__ = ["Affine", "FakeQuantized", "convert", "fake", "fake_quantize", "fake_quantize_input", "quantize"]
+__all__ = [
+    "Affine",
+    "Binary",
+    "FakeQuantized",
+    "KMeans",
+    "Scheme",
+    "Ternary",
+    "convert",
+    "fake",
+    "fake_quantize",
+    "fake_quantize_input",
+    "gptq",
+    "quantize",
+]

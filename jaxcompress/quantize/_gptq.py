@@ -1,0 +1,147 @@
+"""GPTQ: rounding a trained model's weights to their grid so that what each layer gives changes little."""
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.arrays import Quantized, is_leaf
+from jaxcompress.calibrate import InputObserver, Layout, compensated, input_statistics, inverse_factor
+from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.quantize._affine import Affine, _grid, _spread, quantize
+
+
+def gptq(
+    fn: Callable[[Any, Any], Any] | InputObserver,
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules[Affine | None],
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    by_energy: bool = False,
+) -> Any:
+    """`convert`, with weights rounded so that, over the batches, the outputs of each layer change little.
+
+    GPTQ (Frantar et al. 2023, algorithm 1). The grid of each weight is the one that `convert` gives it. Its weights are
+    rounded input by input, and the error of each is taken up by the weights of later inputs before these are rounded:
+    with `H` the inputs' Gram matrix and `U^T U` the inverse of its damped form, by `-U[j, k] / U[j, j]` of the error.
+
+        small = quantize.gptq(lambda v, x: model.apply(v, x), variables, batches, {"kernel$": quantize.Affine(4)})
+
+    Dense kernels of any rank, weights stacked by `scan`, convolutions with groups and without; see
+    `calibrate.input_statistics` for what the function may contain. Inputs are measured in the float model.
+
+    Args:
+      fn: `fn(params, batch)`, the model, or a `calibrate.InputObserver` of it, which is compiled once for many calls.
+      params: a tree of arrays.
+      batches: calibration data: some hundred examples or more, like those of training.
+      rules: by path, the grid; see `convert`.
+      damping: added to the Gram matrix's diagonal, relative to its mean.
+      block_size: inputs after which the later ones are brought up to date.
+      by_energy: round the inputs of the largest sum of squares first ("activation order"), which helps at few bits.
+
+    Returns:
+      `params` with `Quantized` leaves.
+
+    Raises:
+      UnmatchedRuleError: a rule matches no parameter.
+      ValueError, TypeError: as `convert`; and for inputs that can't be measured or are not finite, or a Gram matrix
+        that needs more damping. Nothing is converted then.
+    """
+    if not 0 < damping < jnp.inf or block_size < 1:
+        raise ValueError(f"damping must be positive and block_size at least 1, got {damping} and {block_size}")
+    leaves = named_leaves(params, is_leaf)
+    specs = dict(zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True))
+    chosen = [name for name, spec in specs.items() if spec is not None]
+    for name, x in leaves:
+        if name in chosen:
+            _checked(name, x, specs[name])
+    if isinstance(fn, InputObserver):
+        missing = [name for name in chosen if name not in fn.layouts]
+        if missing or not fn.gram:
+            raise ValueError(f"the observer does not measure Gram matrices of {missing or chosen}: make one that does")
+        statistics = fn.measure(params, batches, chosen if len(chosen) < len(fn.layouts) else None)
+    else:
+        statistics = input_statistics(fn, params, batches, {f"^{re.escape(name)}$": True for name in chosen})
+
+    def converted(name: str, weight: Any) -> Any:
+        spec = specs[name]
+        if spec is None:
+            return weight
+        seen = statistics[name]
+        nearest = quantize(weight, spec)  # its scales, zero points and form are those of the result
+        codes = _gptq(weight, seen.gram, damping, layout=seen.layout, spec=spec, block=block_size, by_energy=by_energy)
+        if not bool(jnp.all(jnp.isfinite(codes))):
+            raise ValueError(
+                f"the Gram matrix of the inputs of {name!r} is not positive definite in float32 with "
+                f"damping={damping}: raise the damping, or calibrate on more batches"
+            )
+        return Quantized.from_codes(
+            codes,
+            nearest.scale,
+            nearest.zero_point,
+            bits=nearest.bits,
+            dtype=weight.dtype,
+            group=nearest.group,
+            activation_bits=nearest.activation_bits,
+        )
+
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [converted(name, x) for name, x in leaves])
+
+
+def _checked(name: str, weight: Any, spec: Affine | None) -> None:
+    """Raises, naming the weight, what `quantize` would."""
+    assert spec is not None
+    try:
+        if is_leaf(weight):
+            raise TypeError(f"it is a {type(weight).__name__} already; quantize float weights")
+        quantize(weight, spec)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"cannot quantize {name!r}: {error}") from error
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "spec", "block", "by_energy"))
+def _gptq(
+    weight: Float[Array, "*shape"],
+    gram: Float[Array, "problems inputs inputs"],
+    damping: float,
+    *,
+    layout: Layout,
+    spec: Affine,
+    block: int,
+    by_energy: bool,
+) -> Float[Array, "*shape"]:
+    """The integer codes, as floats; not finite if the damping is too small."""
+    scale, zero = _grid(weight, spec)
+    zero = jnp.zeros_like(scale) if zero is None else zero
+    low, high = spec.limits
+
+    def wide(per_block: Array) -> Array:  # a number for each weight: any grid fits any order of inputs
+        return layout.matrices(jnp.broadcast_to(_spread(per_block, weight.shape, spec), weight.shape))
+
+    def round_matrix(matrix: Array, gram: Array, scale: Array, zero: Array) -> Array:
+        inputs = matrix.shape[0]
+        order = jnp.argsort(-jnp.diagonal(gram), stable=True) if by_energy else jnp.arange(inputs)
+        matrix, gram, scale, zero = matrix[order], gram[order][:, order], scale[order], zero[order]
+        factor, _ = inverse_factor(gram, damping)
+
+        def decide(rows: Array, diagonal: Array, index: Array) -> tuple[Array, Array]:
+            j = jnp.minimum(index, inputs - 1)
+            return scale[j], zero[j]
+
+        def settle(row: Array, grid: tuple[Array, Array], i: Array) -> Array:
+            step, middle = grid
+            return step * (jnp.clip(jnp.round(row / step) + middle, low, high) - middle)
+
+        final, _ = compensated(matrix, factor, decide, settle, group=1, block=block)
+        codes = jnp.round(final / scale) + zero
+        return codes[jnp.argsort(order)]
+
+    return layout.weight(
+        jax.vmap(round_matrix)(layout.matrices(weight.astype(jnp.float32)), gram, wide(scale), wide(zero))
+    )
