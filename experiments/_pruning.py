@@ -271,7 +271,7 @@ def coupled(masks: Any, layers: Sequence[str]) -> Any:
 def command(module: str, config: Any) -> str:
     """The command line that gives this result again: what differs from the defaults, but for folders."""
     changed = [
-        f"--{field.name.replace('_', '-')} {_argument(getattr(config, field.name))}"
+        f"--{field.name.replace('_', '-')} {_argument(getattr(config, field.name))}".rstrip()
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default and field.name not in ("data_dir", "out")
     ]
@@ -280,6 +280,8 @@ def command(module: str, config: Any) -> str:
 
 
 def _argument(value: Any) -> str:
+    if value is True:
+        return ""  # a flag: the option's name says it
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

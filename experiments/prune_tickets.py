@@ -185,7 +185,8 @@ COUNTS = {
 
 TUNED = (
     "Fine-tuned weights begin where the round before ended, so they have been trained for longer than all others."
-    " Accuracies after epoch 1 are of 1,000 validation images."
+    " Weights drawn anew have the dense network's distribution. Accuracies after epoch 1 are of 1,000 validation images"
+    " (or as many as there are)."
 )
 
 
@@ -209,7 +210,7 @@ def points(rows: list[Row], key: str) -> dict[str, list[tuple[float, tuple[float
     lines: dict[str, list[tuple[float, tuple[float, ...]]]] = {}
     for row in rows:
         rate = row.name.split(",")[0]
-        lines.setdefault(f"{key}, {rate}", []).append((row.ours["left"].mean, row.ours[key].values))
+        lines.setdefault(f"{ARMS.get(key, key)}, {rate}", []).append((row.ours["left"].mean, row.ours[key].values))
     return lines
 
 

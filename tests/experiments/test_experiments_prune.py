@@ -96,6 +96,9 @@ def test_gathered_scores_are_those_of_the_gradients_that_passed(lab):
 
 
 def test_command_lines_say_what_differs():
+    assert command("prune_tickets", prune_tickets.Config(structured=True)) == (
+        "python -m experiments.prune_tickets --structured"
+    )
     config = prune_curves.Config(data="mnist", data_dir=Path("x"), sparsities=(0.5, 0.9), out=Path("y"))
     assert command("prune_curves", config) == (
         "python -m experiments.prune_curves --data mnist --sparsities 0.5 0.9 --data-dir DIR"
