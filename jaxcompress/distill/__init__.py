@@ -51,7 +51,7 @@ from jaxcompress.distill._logits import (
     standardized_soft_target_loss,
 )
 from jaxcompress.distill._projectors import Projector, conv_projector, dense_projector, variational_projector
-from jaxcompress.distill._regimes import munge, refined_labels, teaching_chain
+from jaxcompress.distill._regimes import AlternatingState, alternating, munge, refined_labels, teaching_chain
 from jaxcompress.distill._relations import (
     angle_relation_loss,
     consecutive_correlation_loss,
@@ -120,6 +120,7 @@ from jaxcompress.distill._transformers import (
 
 __all__ = [
     "TINYBERT_PHASES",
+    "AlternatingState",
     "ContrastMemory",
     "LayerOutputs",
     "Paraphraser",
@@ -131,6 +132,7 @@ __all__ = [
     "TopKTargets",
     "activation_boundary_loss",
     "adaptive_pool",
+    "alternating",
     "angle_relation_loss",
     "annealed_temperature",
     "attention_map",

@@ -1,10 +1,11 @@
 """Who teaches whom, in which order, and on which data."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import Number, as_float, check_between, check_positive, check_rank
@@ -34,6 +35,51 @@ def teaching_chain(train: Callable[[Spec, Any], Any], students: Iterable[Spec], 
         teacher = train(spec, teacher)
         trained.append(teacher)
     return trained
+
+
+class AlternatingState(NamedTuple):
+    """The state of `alternating`."""
+
+    turn: jax.Array  # int32 scalar: the updates made so far
+    networks: tuple[Any, ...]  # each network's own optimizer state
+
+
+def alternating(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for several networks side by side that moves one of them an update, in turn.
+
+    For the alternating form of deep mutual learning (Zhang et al., "Deep mutual learning", 2018, algorithm 1): give
+    each batch to the step `n` times and descend `mutual_learning_loss(logits, labels)[context.step % n].mean()`, so
+    that each network learns from what its peers have just become. A zero gradient would not do instead: momentum and
+    weight decay move a network that has none.
+
+    Args:
+      tx: the optimizer, of which every network gets its own state.
+
+    Returns:
+      An optimizer for a list, tuple or dict of networks' parameters; update `k` moves network `k % n`.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def networks(tree: Any) -> tuple[list[Any], Any]:
+        return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+
+    def init_fn(params: Any) -> AlternatingState:
+        return AlternatingState(jnp.zeros((), jnp.int32), tuple(tx.init(p) for p in networks(params)[0]))
+
+    def update_fn(
+        updates: Any, state: AlternatingState, params: Any = None, **extra: Any
+    ) -> tuple[Any, AlternatingState]:
+        each, structure = networks(updates)
+        weights = [None] * len(each) if params is None else networks(params)[0]
+        moves, states = [], []
+        for k, (u, s, p) in enumerate(zip(each, state.networks, weights, strict=True)):
+            is_turn = state.turn % len(each) == k
+            move, after = tx.update(u, s, p, **extra)
+            moves.append(jax.tree.map(lambda x, on=is_turn: jnp.where(on, x, jnp.zeros_like(x)), move))
+            states.append(jax.tree.map(lambda new, old, on=is_turn: jnp.where(on, new, old), after, s))
+        return jax.tree.unflatten(structure, moves), AlternatingState(state.turn + 1, tuple(states))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def refined_labels(predict: Callable[[jax.Array], jax.Array], crops: ArrayLike, temperature: Number = 1.0) -> jax.Array:
