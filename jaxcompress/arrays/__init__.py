@@ -1,11 +1,12 @@
 """Compressed weights as values that stand where arrays stood.
 
-A compressed model is the parameter tree it was, with some arrays replaced by leaves: `Quantized` (integers and a scale)
-or `Sparse` (a bit mask and the kept values). `compressed(model)` runs on such a tree, `dense(tree)` turns it back into
-arrays, and `nbytes(tree)` counts what it stores.
+A compressed model is the parameter tree it was, with some arrays replaced by leaves: `Quantized` (integers and a
+scale), `Codebook` (indices of a few shared values) or `Sparse` (a bit mask and the kept values). `compressed(model)`
+runs on such a tree, `dense(tree)` turns it back into arrays, and `nbytes(tree)` counts what it stores.
 """
 
-from jaxcompress.arrays import _control, _quantized_rules, _sparse_rules  # noqa: F401 (they register rules)
+from jaxcompress.arrays import _codebook_rules, _control, _quantized_rules, _sparse_rules  # noqa: F401 (they register rules)
+from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
 from jaxcompress.arrays._products import quantize_input
@@ -13,6 +14,7 @@ from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
 
 __all__ = [
+    "Codebook",
     "Leaf",
     "MadeDenseError",
     "Quantized",

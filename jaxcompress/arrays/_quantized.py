@@ -1,5 +1,7 @@
 """Affine quantized weights: integers, a scale, and perhaps a zero point."""
 
+import dataclasses
+import math
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int8, UInt8
 
-from jaxcompress.arrays._bits import pack_nibbles, unpack_nibbles
+from jaxcompress.arrays._bits import pack_nibbles, unpack_halves, unpack_nibbles
 from jaxcompress.arrays._leaf import Leaf
 
 
@@ -100,3 +102,41 @@ class Quantized(Leaf):
         axis, size = self.group
         spread = jnp.repeat(per_block, size, axis=axis)
         return jax.lax.slice_in_dim(spread, 0, self.shape[axis], axis=axis)
+
+    def unit(self, axis: int) -> int:
+        """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""
+        axis -= len(self.shape)
+        unit = 2 if self.length is not None and axis == -1 else 1
+        return math.lcm(unit, self.group[1]) if self.group is not None and axis == self.group[0] else unit
+
+    def tile(self, axis: int, start: Array, size: int) -> "Quantized":
+        """The part `start : start + size` along `axis`, cut out of the stored codes."""
+        if size == self.shape[axis]:
+            return self
+        stored = 2 if self.length is not None and axis == len(self.shape) - 1 else 1
+        values = jax.lax.dynamic_slice_in_dim(self.values, start // stored, size // stored, axis)
+        length = size if stored == 2 else self.length
+
+        def steps(per_block: Array) -> Array:
+            if per_block.shape[axis] == 1:
+                return per_block
+            a_step = -(-self.shape[axis] // per_block.shape[axis])
+            return jax.lax.dynamic_slice_in_dim(per_block, start // a_step, size // a_step, axis)
+
+        zero_point = None if self.zero_point is None else steps(self.zero_point)
+        return dataclasses.replace(self, values=values, scale=steps(self.scale), zero_point=zero_point, length=length)
+
+    def halves(self) -> tuple["Quantized", "Quantized"]:
+        """The even and the odd columns of packed codes, each unpacked: nothing is interleaved."""
+        low, high = unpack_halves(self.values)
+
+        def half(codes: Array, first: int) -> Quantized:
+            def columns(per_block: Array) -> Array:
+                return per_block if per_block.shape[-1] == 1 else per_block[..., first::2]
+
+            zero_point = None if self.zero_point is None else columns(self.zero_point)
+            return dataclasses.replace(
+                self, values=codes, scale=columns(self.scale), zero_point=zero_point, bits=8, length=None
+            )
+
+        return half(low, 0), half(high, 1)

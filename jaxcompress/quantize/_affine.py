@@ -42,6 +42,10 @@ class Affine:
         if self.group is not None and (len(self.group) != 2 or self.group[1] < 1):
             raise ValueError(f"group must be (axis, size) with a size of at least 1, got {self.group!r}")
 
+    def convert(self, weight: Float[Array, "*shape"]) -> Quantized:
+        """The weight on this grid, as `quantize` makes it."""
+        return quantize(weight, self)
+
     @property
     def limits(self) -> tuple[int, int]:
         """The smallest and the largest integer. A symmetric grid leaves out the smallest, to be the same both ways."""
@@ -58,7 +62,7 @@ def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantiz
       TypeError: the weight isn't a real floating-point array.
       ValueError: non-finite weights (unless traced), or axes that the weight doesn't have.
     """
-    weight = _checked(weight)
+    weight = check_float(weight)
     scale, zero_point = _grid(weight, spec)
     group = None if spec.group is None else (_axis(spec.group[0], weight.ndim) - weight.ndim, spec.group[1])
     return Quantized.from_codes(
@@ -97,7 +101,8 @@ def _fake_bwd(spec: Affine, _: None, cotangent: Array) -> tuple[Array]:
 fake_quantize.defvjp(_fake_fwd, _fake_bwd)
 
 
-def _checked(weight: Any) -> Array:
+def check_float(weight: Any) -> Array:
+    """The weight as an array; raises TypeError or ValueError for one that no grid fits."""
     weight = jnp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"quantize takes a real floating-point weight, got {weight.dtype}{list(weight.shape)}")

@@ -1,36 +1,43 @@
 """From trained float weights to integers."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jaxtyping import Array
 
-from jaxcompress.arrays import Quantized, is_leaf
+from jaxcompress.arrays import Leaf, is_leaf
 from jaxcompress.paths import Rules, match, named_leaves
-from jaxcompress.quantize._affine import Affine, quantize
 
 
-def convert(params: Any, rules: Rules[Affine | None]) -> Any:
-    """`params` with the leaves that `rules` choose as `Quantized`; run the result with `jaxcompress.compressed`.
+class Scheme(Protocol):
+    """How a weight is quantized: `Affine`, `KMeans`, `Binary`, `Ternary`, or anything that converts."""
 
-    With the rules that `fake` was trained under, layer by layer the integers are those that training rounded to.
+    def convert(self, weight: Array) -> Leaf:
+        """The compressed leaf that stands for the weight."""
+
+
+def convert(params: Any, rules: Rules[Scheme | None]) -> Any:
+    """`params` with the leaves that `rules` choose compressed; run the result with `jaxcompress.compressed`.
+
+    With the `Affine` rules that `fake` was trained under, the integers are, layer by layer, those training rounded to.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
       ValueError, TypeError: a weight that can't be quantized, named by its path. Nothing is converted then.
     """
     leaves = named_leaves(params, is_leaf)
-    specs = match(rules, [name for name, _ in leaves], default=None)
+    schemes = match(rules, [name for name, _ in leaves], default=None)
     converted = [
-        leaf if spec is None else _named(name, leaf, spec) for (name, leaf), spec in zip(leaves, specs, strict=True)
+        leaf if scheme is None else _named(name, leaf, scheme)
+        for (name, leaf), scheme in zip(leaves, schemes, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), converted)
 
 
-def _named(name: str, weight: Array, spec: Affine) -> Quantized:
+def _named(name: str, weight: Array, scheme: Scheme) -> Leaf:
     try:
         if is_leaf(weight):
             raise TypeError(f"it is a {type(weight).__name__} already; convert float weights")
-        return quantize(weight, spec)
+        return scheme.convert(weight)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot quantize {name!r}: {error}") from error

@@ -30,7 +30,7 @@ def place(w, spec, on):
 def collectives(fn, *args):
     text = jax.jit(fn).lower(*args).compile().as_text()
     return sorted(
-        re.findall(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+        re.findall(r"= (?:\S+|\([^)]*\)) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     )
 
 

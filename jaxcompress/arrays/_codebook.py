@@ -1,0 +1,100 @@
+"""Weights that share a few values: small integers that index a codebook of centroids."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jaxtyping import Array, Float, UInt8
+
+from jaxcompress.arrays._bits import pack_indices, unpack_indices
+from jaxcompress.arrays._leaf import Leaf
+
+
+class Codebook(Leaf):
+    """`centroids[indices]`: each weight is one of at most 256 values, per layer or per channel.
+
+    The centroids are the leaf's only floats. Trained with the others (`equinox.partition(tree, eqx.is_inexact_array)`),
+    each gets the sum of the gradients of the weights in its cluster: trained quantization (Han et al. 2016, "Deep
+    Compression", section 3.3). Binary and ternary weights are codebooks of two and three centroids.
+
+    `jaxcompress.quantize` makes these; `Codebook.from_indices` builds one from indices and centroids you have.
+    """
+
+    indices: UInt8[Array, "*packed"]
+    """`8 // bits` indices a byte along the last axis, the first in the lowest bits."""
+    centroids: Float[Array, "*blocks k"]
+    """The weight's axes and one more. Of those axes each is 1 (shared) or the weight's (a codebook an index)."""
+    bits: int = eqx.field(static=True)
+    """1, 2, 4 or 8: how an index is stored."""
+    length: int = eqx.field(static=True)
+    """Of the last axis."""
+    keep_zeros: bool = eqx.field(static=True, default=False)
+    """Whether index 0 means exactly zero, whatever its centroid: pruned weights stay pruned while centroids learn."""
+
+    @classmethod
+    def from_indices(cls, indices: Array, centroids: Array, *, keep_zeros: bool = False) -> "Codebook":
+        """A leaf from its indices, `[*shape]`, and its centroids, `[*blocks, k]`.
+
+        Raises:
+          ValueError: more than 256 centroids, or blocks that are neither 1 nor the weight's along an axis.
+        """
+        k = centroids.shape[-1]
+        fits = centroids.ndim == indices.ndim + 1 and all(
+            block in (1, size) for block, size in zip(centroids.shape, indices.shape, strict=False)
+        )
+        if not fits or not 1 <= k <= 256:
+            raise ValueError(
+                f"want centroids of shape [*blocks, k] with k from 1 to 256 and blocks of 1 or the weight's size along "
+                f"each axis, got {centroids.shape} for indices of shape {indices.shape}"
+            )
+        bits = next(bits for bits in (1, 2, 4, 8) if 2**bits >= k)
+        return cls(
+            indices=pack_indices(indices.astype(jnp.uint8), bits),
+            centroids=centroids,
+            bits=bits,
+            length=indices.shape[-1],
+            keep_zeros=keep_zeros,
+        )
+
+    def aval(self) -> ShapedArray:
+        return ShapedArray((*self.indices.shape[:-1], self.length), self.centroids.dtype)
+
+    def materialise(self) -> Array:
+        return look_up(self.centroids, self.codes(), self.keep_zeros)
+
+    def codes(self) -> UInt8[Array, "*shape"]:
+        """The indices, unpacked."""
+        return unpack_indices(self.indices, self.bits, self.length)
+
+    def unit(self, axis: int) -> int:
+        """A part along `axis` begins at a multiple of this, and its size is one: the indices of a byte."""
+        return 8 // self.bits if axis == len(self.shape) - 1 else 1
+
+    def tile(self, axis: int, start: Array, size: int) -> "Codebook":
+        """The part `start : start + size` along `axis`, cut out of the stored indices."""
+        if size == self.shape[axis]:
+            return self
+        last = axis == len(self.shape) - 1
+        a_byte = 8 // self.bits if last else 1
+        return Codebook(
+            indices=jax.lax.dynamic_slice_in_dim(self.indices, start // a_byte, size // a_byte, axis),
+            centroids=self.centroids
+            if self.centroids.shape[axis] == 1
+            else jax.lax.dynamic_slice_in_dim(self.centroids, start, size, axis),
+            bits=self.bits,
+            length=size if last else self.length,
+            keep_zeros=self.keep_zeros,
+            strict=self.strict,
+        )
+
+
+def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"], keep_zeros: bool) -> Any:
+    """Each index's centroid, from its block's codebook."""
+    if keep_zeros:  # not as a centroid that happens to be zero: it would learn
+        centroids = centroids.at[..., 0].set(0)
+    if all(size == 1 for size in centroids.shape[:-1]):
+        return centroids.reshape(-1).at[indices].get(mode="promise_in_bounds")
+    wide = jnp.take_along_axis(centroids, indices[..., None].astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    return jnp.squeeze(wide, -1)

@@ -1,0 +1,97 @@
+"""What `Codebook` weights do without becoming dense: multiply and convolve tile by tile, look up, and change shape."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
+from jaxtyping import Array, ArrayLike
+
+from jaxcompress.arrays._codebook import Codebook, look_up
+from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._products import Dims, compute_dtype, constrain_like, is_float, swap_free
+from jaxcompress.arrays._tiles import tiled, tiled_outputs
+
+
+@register(lax.dot_general_p)
+def _dot_input_weight(x: ArrayLike, w: Codebook, **params: Any) -> Any:
+    return _dot(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
+
+
+@register(lax.dot_general_p)
+def _dot_weight_input(w: Codebook, x: ArrayLike, **params: Any) -> Any:
+    x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
+    product = NotImplemented if params.get("out_sharding") is not None else _dot(x, w, dims, params)
+    return product if product is NotImplemented else swap_free(product, len(dims.x_batch), len(dims.x_free(x.ndim)))
+
+
+def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
+    if not is_float(x):
+        return NotImplemented
+    kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
+
+    def product(x: Array, w: Codebook) -> Array:
+        return lax.dot_general(x, w.materialise(), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
+
+    return tiled(product, x, w, dims).astype(params["preferred_element_type"] or x.dtype)
+
+
+@register(lax.conv_general_dilated_p)
+def _conv(x: ArrayLike, w: Codebook, **params: Any) -> Array:
+    numbers = params["dimension_numbers"]
+    if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+        return NotImplemented
+
+    def convolve(w: Codebook) -> Array:
+        return lax.conv_general_dilated_p.bind(x, w.materialise(), **params)
+
+    return tiled_outputs(convolve, w, numbers.rhs_spec[0], numbers.out_spec[1])
+
+
+@register(lax.gather_p)
+def _gather(w: Codebook, indices: ArrayLike, **params: Any) -> Any:
+    """A lookup (`Embed`) takes the indices of the rows it wants; an index out of range reads centroid 0, not NaN."""
+    if any(size > 1 for size in w.centroids.shape[:-1]):
+        return NotImplemented
+    rows = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0})
+    return look_up(w.centroids.reshape([1] * rows.ndim + [-1]), rows, w.keep_zeros)
+
+
+@register(lax.transpose_p)
+def _transpose(w: Codebook, *, permutation: tuple[int, ...]) -> Codebook:
+    return _unpacked(w, jnp.transpose(w.codes(), permutation), jnp.transpose(w.centroids, (*permutation, w.ndim)))
+
+
+@register(lax.reshape_p)
+def _reshape(w: Codebook, **params: Any) -> Any:
+    return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
+
+
+@register(lax.squeeze_p)
+def _squeeze(w: Codebook, *, dimensions: tuple[int, ...]) -> Any:
+    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+
+
+def _reshaped(w: Codebook, shape: tuple[int, ...]) -> Any:
+    if not shape or any(size > 1 for size in w.centroids.shape[:-1]):
+        return NotImplemented
+    return _unpacked(w, w.codes().reshape(shape), w.centroids.reshape([1] * len(shape) + [-1]))
+
+
+def _unpacked(w: Codebook, indices: Array, centroids: Array) -> Codebook:
+    """A temporary leaf on a byte an index."""
+    return Codebook(indices, centroids, bits=8, length=indices.shape[-1], keep_zeros=w.keep_zeros, strict=w.strict)
+
+
+@register(lax.convert_element_type_p)
+def _convert(w: Codebook, **params: Any) -> Any:
+    if not jax.dtypes.issubdtype(params["new_dtype"], jnp.floating):
+        return NotImplemented
+    return dataclasses.replace(w, centroids=w.centroids.astype(params["new_dtype"]))
+
+
+@register(primitives.sharding_constraint_p)
+def _sharding_constraint(w: Codebook, **params: Any) -> Codebook:
+    return dataclasses.replace(w, indices=constrain_like(w.indices, w.shape, params))

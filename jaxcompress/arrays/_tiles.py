@@ -1,0 +1,127 @@
+"""Products with a weight that is decoded tile by tile, so that its dense value never exists as a whole.
+
+XLA fuses the decoding of a weight into a product on GPU and TPU. On a CPU it does not: it writes the whole float weight
+to memory first, and a product that should read a byte a weight moves nine. Here a loop decodes a tile that fits the
+cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxcompress.arrays._products import Dims
+
+W = TypeVar("W", bound="Tileable")
+
+TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
+WIDTH = 1 << 10  # of them along the output
+WORTH = 1 << 18  # smaller weights are decoded whole
+
+
+class Tileable(Protocol):
+    """A compressed weight of which a part can be cut out without decoding the rest."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense value."""
+
+    def unit(self, axis: int) -> int:
+        """A part along `axis` begins at a multiple of this, and its size is one."""
+
+    def tile(self, axis: int, start: Array, size: int) -> "Tileable":
+        """The part `start : start + size` along `axis`."""
+
+
+def tiled(
+    product: Callable[[Array, W], Array],
+    x: Array,
+    w: W,
+    dims: Dims,
+    *,
+    whole: Callable[[], Array] | None = None,
+    rows: int | None = None,
+    depth: int = TILE,
+) -> Array:
+    """`product(x, w)`, tile by tile on a single CPU.
+
+    Args:
+      product: of an input and a weight with the dimension numbers `dims`, in the dtype to add up in: it is summed over
+        parts of a contracted axis, and laid side by side over parts of a free axis of the weight.
+      x: the input.
+      w: the weight.
+      dims: which axes meet.
+      whole: what to do where tiles don't pay; `product(x, w)` by default.
+      rows: the most rows of input for which tiles pay; any number by default.
+      depth: the most contracted weights that one tile may add up.
+    """
+    at_once = whole if whole is not None else lambda: product(x, w)
+    plan = _plan(w, dims, depth)
+    few = rows is None or math.prod(x.shape[axis] for axis in dims.x_free(x.ndim)) <= rows
+    if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
+        return at_once()
+    return lax.platform_dependent(cpu=lambda: _loops(product, x, w, dims, *plan), default=at_once)
+
+
+def _plan(w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
+    """(contracted axis, its tile, free axis, its tile) of the weight; `None` where tiles don't pay or don't fit."""
+    free = dims.w_free(len(w.shape))
+    if math.prod(w.shape) < WORTH or not free or not dims.w_contract:
+        return None
+    along, across = (max(axes, key=lambda axis: w.shape[axis]) for axes in (dims.w_contract, free))
+    rest = math.prod(w.shape) // (w.shape[along] * w.shape[across])
+    beside = math.prod(w.shape[axis] for axis in dims.w_contract if axis != along)
+    width = _part(w, across, WIDTH // max(1, rest // beside))
+    part = _part(w, along, min(TILE // (width * rest), depth // beside))
+    worth = width * part * rest >= TILE // 8  # an axis of few divisors makes tiles too small
+    return (along, part, across, width) if worth and part * beside <= depth else None
+
+
+def _part(w: Any, axis: int, most: int) -> int:
+    """The largest divisor of an axis that can be cut out and is no longer than `most`, or the smallest there is."""
+    n, unit = w.shape[axis], w.unit(axis)
+    sizes = [size for size in range(unit, n + 1, unit) if n % size == 0] or [n]
+    return max((size for size in sizes if size <= most), default=sizes[0])
+
+
+def _loops(
+    product: Callable[[Array, Any], Array], x: Array, w: Any, dims: Dims, along: int, part: int, across: int, width: int
+) -> Array:
+    x_axis = dims.x_contract[dims.w_contract.index(along)]
+
+    def column(_: None, j: Array) -> tuple[None, Array]:
+        def at(i: Array) -> Array:
+            here = w.tile(along, i * part, part).tile(across, j * width, width)
+            return product(lax.dynamic_slice_in_dim(x, i * part, part, x_axis), here)
+
+        first, again = jax.eval_shape(at, jnp.int32(0)), jax.checkpoint(at, prevent_cse=False)
+        zeros, steps = jnp.zeros(first.shape, first.dtype), jnp.arange(w.shape[along] // part)
+        return None, lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
+
+    _, columns = lax.scan(column, None, jnp.arange(w.shape[across] // width))
+    axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
+    return _side_by_side(columns, axis)
+
+
+def _side_by_side(parts: Array, axis: int) -> Array:
+    """[parts, ...] joined along what is `axis` of a part."""
+    moved = jnp.moveaxis(parts, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def tiled_outputs(convolve: Callable[[W], Array], w: W, w_axis: int, out_axis: int) -> Array:
+    """`convolve(w)` on a single CPU for a part of the outputs (`w_axis` of the weight) at a time."""
+    size = w.shape[w_axis]
+    width = _part(w, w_axis, 4 * TILE * size // max(1, math.prod(w.shape)))
+    if math.prod(w.shape) < WORTH or width == size or width < 4 or jax.device_count() > 1:
+        return convolve(w)
+
+    def loop() -> Array:
+        body = jax.checkpoint(lambda j: convolve(w.tile(w_axis, j * width, width)), prevent_cse=False)  # type: ignore[arg-type]
+        return _side_by_side(lax.map(body, jnp.arange(size // width)), out_axis)
+
+    return lax.platform_dependent(cpu=loop, default=lambda: convolve(w))

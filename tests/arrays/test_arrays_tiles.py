@@ -1,0 +1,120 @@
+"""Weights decoded tile by tile on a single CPU: the same products, and no float copy of the weight."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxcompress import compressed
+from jaxcompress.arrays import Quantized, _tiles
+from jaxcompress.quantize import Affine, quantize
+
+
+@pytest.fixture
+def small_tiles(monkeypatch) -> None:
+    """One device, as far as the rules know, and tiles that weights of tests are larger than."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(_tiles, "TILE", 256)
+    monkeypatch.setattr(_tiles, "WIDTH", 16)
+    monkeypatch.setattr(_tiles, "WORTH", 1024)
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def loops(fn, *args) -> int:
+    return str(jax.make_jaxpr(fn)(*args)).count("scan[")
+
+
+CASES = {
+    "dense": ((5, 48), (48, 64), "ik,kn->in"),
+    "an axis without divisors": ((5, 47), (47, 64), "ik,kn->in"),
+    "to heads": ((2, 3, 48), (48, 4, 12), "bsk,khd->bshd"),
+    "from heads": ((2, 3, 4, 12), (4, 12, 40), "bshd,hdk->bsk"),
+    "tied, backwards": ((5, 48), (64, 48), "ik,nk->in"),
+    "weight first": ((48, 5), (48, 64), "kn,ki->ni"),
+    "batched": ((3, 5, 32), (3, 32, 24), "bik,bkn->bin"),
+}
+SPECS = {
+    "int8": Affine(),
+    "int4": Affine(bits=4),
+    "int4, zero points": Affine(bits=4, symmetric=False),
+    "groups": Affine(group=(0, 8)),
+    "int4 groups": Affine(bits=4, group=(0, 8)),
+    "rows": Affine(axes=(0,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    [(case, spec) for case in CASES for spec in SPECS if case == "dense" or spec in ("int8", "int4 groups")],
+)
+def test_products(small_tiles, case: str, spec: str) -> None:
+    """Against the product with the dense value, and its gradient."""
+    x_shape, w_shape, formula = CASES[case]
+    x, w = normal(*x_shape), quantize(normal(*w_shape, seed=1), SPECS[spec])
+    operands = (lambda x, w: (w, x)) if case == "weight first" else (lambda x, w: (x, w))
+    product = compressed(lambda x, w: jnp.einsum(formula, *operands(x, w)))
+
+    @jax.jit
+    def value_and_slope(x: jax.Array, w: jax.Array | Quantized) -> tuple[jax.Array, jax.Array]:
+        value, pull = jax.vjp(lambda x: product(x, w), x)
+        return value, pull(jnp.sin(value))[0]
+
+    for got, want in zip(value_and_slope(x, w), value_and_slope(x, w.materialise()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+    if case in ("dense", "from heads", "tied, backwards") and spec == "int8":
+        assert loops(product, x, w) >= 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_integers_are_exact(small_tiles, monkeypatch, rows: int) -> None:
+    """The int32 sums of integer execution, from an oracle in int64; few rows go through float tiles, exactly."""
+    monkeypatch.setattr(_tiles, "TILE", 1 << 16)
+    x, w = 100 * normal(rows, 4096), quantize(normal(4096, 32, seed=1), Affine(axes=(), activation_bits=8))
+    got = compressed(jnp.dot)(x, w)
+    step = np.abs(np.asarray(x)).max(1, keepdims=True) / np.float32(127)
+    codes = np.round(np.asarray(x) / step).astype(np.int64)
+    sums = codes @ np.asarray(w.codes(), np.int64)
+    assert np.abs(sums).max() < 2**24  # so that the float32 result shows every unit
+    np.testing.assert_array_equal(np.round(np.asarray(got) / step / float(w.scale.item())), sums)
+    assert (loops(compressed(jnp.dot), x, w) > 0) == (rows < 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_convolutions(small_tiles, bits: int) -> None:
+    x, w = normal(2, 9, 9, 16), quantize(normal(3, 3, 16, 64, seed=1), Affine(bits=bits))
+
+    def convolve(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
+        return lax.conv_general_dilated(x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert loops(compressed(convolve), x, w) >= 1
+    np.testing.assert_allclose(compressed(convolve)(x, w), convolve(x, w.materialise()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4", "groups"])
+def test_no_float_copy_of_the_weight(monkeypatch, spec: str) -> None:
+    """Compiled at batch 1: temporaries of a tenth of the weight's codes, and no float array of its shape."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    n = 2048
+    spec = {"int8": Affine(), "int4": Affine(bits=4), "groups": Affine(group=(0, 64))}[spec]
+    w = jax.eval_shape(lambda w: quantize(w, spec), jnp.zeros((n, n)))
+    x = jax.ShapeDtypeStruct((1, n), jnp.float32)
+
+    def slope(x: jax.Array, w: Quantized) -> jax.Array:
+        return jax.grad(lambda x: jnp.sum(jnp.sin(compressed(jnp.dot)(x, w))))(x)
+
+    for fn, most in ((compressed(jnp.dot), 0.10 * n * n), (slope, 1.2 * n * n)):  # a gradient copies the codes, once
+        compiled = jax.jit(fn).lower(x, w).compile()
+        assert not re.search(rf"(f32|bf16|s16)\[{n},{n}\]", compiled.as_text())
+        assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
+def test_a_small_weight_is_decoded_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x, w = normal(2, 64), quantize(normal(64, 64, seed=1))
+    assert loops(compressed(jnp.dot), x, w) == 0
