@@ -2,9 +2,9 @@
 
 A grid is an `Affine` (bits, which axes have scales of their own, symmetric or not). `fake(apply, rules)` trains under
 the grids that `rules` give to parameters by path; `convert(params, rules)` then makes the `Quantized` leaves that
-`jaxcompress.compressed` runs. `gptq(fn, params, batches, rules)` makes them of a model that was not trained for it, from
-calibration batches. Where values need not be evenly spaced, `KMeans`, `Binary` and `Ternary` make `Codebook` leaves
-instead, whose few centroids can be trained on.
+`jaxcompress.compressed` runs. `gptq(fn, params, batches, rules)` makes them of a model that was not trained for it,
+from calibration batches. Where values need not be evenly spaced, `KMeans`, `Binary` and `Ternary` make `Codebook`
+leaves instead, whose few centroids can be trained on.
 """
 
 from jaxcompress.quantize._affine import Affine, fake_quantize, quantize
