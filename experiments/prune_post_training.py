@@ -44,6 +44,7 @@ def by_magnitude(observer: InputObserver, params: Any, batches: list[jax.Array],
 METHODS: dict[str, Method] = {
     "magnitude": by_magnitude,
     "Wanda": lambda *arguments: prune.wanda_one_shot(*arguments).params,
+    "Wanda, one ranking a layer": lambda *arguments: prune.wanda_one_shot(*arguments, per_output=False).params,
     "SparseGPT": lambda *arguments: prune.sparsegpt(*arguments).params,
     "SparseGPT, layer by layer": lambda *arguments: prune.sparsegpt(*arguments, sequential=True).params,
 }

@@ -108,6 +108,7 @@ def wanda_one_shot(
     batches: Iterable[Any],
     rules: Rules,
     *,
+    per_output: bool = True,
     sequential: bool | Sequence[str] = False,
     allow_empty: bool = False,
 ) -> Pruned:
@@ -115,7 +116,8 @@ def wanda_one_shot(
 
     Wanda (Sun et al. 2024): the score `prune.wanda`, with the inputs' norms over `batches`, ranked output by output, so
     that each output keeps as many weights as any other; or within the groups of `NM`. A kernel of a convolution has the
-    patches under it as its inputs.
+    patches under it as its inputs. `per_output=False` ranks all weights of a layer together (of a group, of a grouped
+    convolution), which does better in the small image classifiers of `experiments`: there outputs differ in worth.
 
     Args, Returns, Raises: as for `sparsegpt`, which changes the kept weights and costs more; `NM` may run along any of
     the input axes, and the part pruned of each output is rounded to whole weights.
@@ -126,14 +128,15 @@ def wanda_one_shot(
         if isinstance(pattern, NM):
             return _wanda(weight, statistics.squares, None, layout=layout, nm=pattern)
         assert isinstance(pattern, Unstructured)
-        inputs = layout.matrix_shape[1]
-        gone = math.floor(pattern.sparsity * inputs + 0.5)
-        if gone == inputs and not allow_empty:
+        _, inputs, outputs = layout.matrix_shape
+        units = inputs if per_output else inputs * outputs
+        gone = math.floor(pattern.sparsity * units + 0.5)
+        if gone == units and not allow_empty:
             raise ValueError(
-                f"{name!r}: every output would lose all its {inputs} weights to {pattern}: lower the sparsity, give it "
-                f"the rule None, or pass allow_empty=True"
+                f"{name!r}: {'every output' if per_output else 'it'} would lose all its {units} weights to {pattern}: "
+                f"lower the sparsity, give it the rule None, or pass allow_empty=True"
             )
-        return _wanda(weight, statistics.squares, jnp.uint32(gone), layout=layout, nm=None)
+        return _wanda(weight, statistics.squares, jnp.uint32(gone), layout=layout, nm=None, stack=1 + per_output)
 
     return _pruned(fn, params, batches, rules, prune_one, sequential, allow_empty, gram=False)
 
@@ -262,7 +265,7 @@ def _sparsegpt(
     return jnp.where(mask, layout.weight(new), 0.0).astype(weight.dtype), mask
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "nm"))
+@functools.partial(jax.jit, static_argnames=("layout", "nm", "stack"))
 def _wanda(
     weight: Float[Array, "*shape"],
     squares: Float[Array, "problems inputs"],
@@ -270,14 +273,15 @@ def _wanda(
     *,
     layout: Layout,
     nm: NM | None,
+    stack: int = 2,
 ) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
-    """The pruned weight and its mask: `nm`, or so many of each output's weights."""
+    """The pruned weight and its mask: `nm`, or so many of each output's weights; of each problem's, if `stack` is 1."""
     scores = jax.vmap(wanda)(layout.matrices(weight.astype(jnp.float32)), jnp.sqrt(squares))
     if gone is None:
         assert nm is not None
         kept = jnp.isnan(nm.pool(layout.weight(scores)))
     else:
-        pruned = lowest([Ranking([jnp.swapaxes(scores, 1, 2)], gone, stack=2)])[0][0]
+        pruned = lowest([Ranking([jnp.swapaxes(scores, 1, 2)], gone, stack=stack)])[0][0]
         kept = layout.weight(~jnp.swapaxes(pruned, 1, 2))
     return jnp.where(kept, weight, jnp.zeros_like(weight)), kept
 

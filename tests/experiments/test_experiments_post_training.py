@@ -15,7 +15,7 @@ def test_the_order_of_the_methods_on_a_short_run(tmp_path):
     assert _results.read(tmp_path / "prune_post_training_lenet_digits.json") == result
     assert (tmp_path / "prune_post_training_lenet_digits.png").stat().st_size > 10_000
     mean = {row.name: {key: figure.mean for key, figure in row.ours.items()} for row in result.rows}
-    assert len(result.test_reads) == 2 * (1 + 4 * 3)  # each final model once
+    assert len(result.test_reads) == 2 * (1 + 5 * 3)  # each final model once
     assert mean["SparseGPT"]["80"] > mean["magnitude"]["80"]
     for key in ("50", "2:4"):
         assert mean["dense"][key] > 85 and mean["SparseGPT"][key] > mean["dense"][key] - 3
@@ -29,10 +29,10 @@ def test_refuses_more_calibration_images_than_there_are(tmp_path):
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_recorded_runs(path):
-    """What knows the inputs keeps more accuracy, the more the more is pruned."""
+    """What makes up for its errors keeps more accuracy than what does not."""
     result = _results.read(path)
     mean = {row.name: {key: figure.mean for key, figure in row.ours.items()} for row in result.rows}
     assert len(result.seeds) == 3
-    assert mean["SparseGPT"]["80"] > mean["magnitude"]["80"]
-    assert mean["SparseGPT"]["90"] > mean["magnitude"]["90"]
+    for key in ("50", "60", "70", "2:4"):
+        assert mean["SparseGPT"][key] > max(mean["magnitude"][key], mean["Wanda"][key])
     assert mean["SparseGPT"]["2:4"] > mean["dense"]["2:4"] - 2

@@ -94,6 +94,8 @@ def test_wanda_ranks_each_outputs_weights(rng):
     expected = np.argsort(np.argsort(scores, axis=0), axis=0) >= 12
     np.testing.assert_array_equal(pruned.masks["w"], expected)
     np.testing.assert_array_equal(pruned.params["w"], np.where(expected, w, 0))
+    together = prune.wanda_one_shot(linear, {"w": w}, [x], {"w": 0.5}, per_output=False)
+    np.testing.assert_array_equal(together.masks["w"], scores > np.median(scores))
     assert pruned.masks["rest"] is None and pruned.params["rest"] is x
     state = prune.fixed(pruned.masks).init(pruned.params)  # what they are for
     np.testing.assert_array_equal(prune.masks(state)["w"], expected)
