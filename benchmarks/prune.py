@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import _mlp as mlp
-from benchmarks._harness import Figure, Figures, Stepper, benchmark, compiled_bytes, exact, paired
+from benchmarks._harness import Figure, Figures, Stepper, benchmark, compiled_bytes, exact, faster, paired
 from jaxcompress import prune
 
 PLAIN = "plain adam step"
@@ -116,11 +116,9 @@ def _threshold(size: int, rounds: int) -> Figure:
     weights = _weights(size)
     if prune.threshold(weights, 0.9) != _by_sort(weights):
         raise AssertionError("the threshold is not the one that sorting finds")
-    times = paired(
-        lambda: _by_sort(weights), lambda: prune.threshold(weights, 0.9), "jnp.sort", rounds, calls=1, weights=size
+    return faster(
+        lambda: prune.threshold(weights, 0.9), lambda: _by_sort(weights), "jnp.sort", rounds, calls=1, weights=size
     )
-    detail = {"ms": times.detail["baseline_ms"], "baseline_ms": times.detail["ms"], "weights": size}
-    return Figure(times.value, "x faster", times.baseline, times.low, times.high, times.coverage, times.rounds, detail)
 
 
 @benchmark("prune.global_threshold")

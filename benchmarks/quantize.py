@@ -1,10 +1,16 @@
-"""What fake quantization adds to a training step."""
+"""What fake quantization adds to a training step, what codebooks cost to find, and what products with integers cost."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import _mlp
-from benchmarks._harness import Figure, Stepper, benchmark, compiled_bytes, paired
-from jaxcompress import quantize
+from benchmarks._harness import Figure, Figures, Stepper, benchmark, compiled_bytes, faster, paired
+from jaxcompress import compressed, nbytes, quantize
 
 INT8 = quantize.Affine(bits=8, activation_bits=8)
 
@@ -29,3 +35,76 @@ def fake_step(rounds: int) -> dict[str, Figure]:
             baseline_bytes=plain_bytes,
         )
     return figures
+
+
+@benchmark("quantize.codebook")
+def codebook(rounds: int) -> Figures:
+    """Optimal codebooks of a million Laplace weights against scikit-learn's k-means (one start, 20 iterations)."""
+    from sklearn.cluster import KMeans
+
+    weights = np.random.default_rng(0).laplace(size=1 << 20).astype(np.float32)
+    array = jnp.asarray(weights).reshape(1024, -1)
+    figures = {}
+    for k in (16, 256):
+
+        def ours(k: int = k) -> Any:
+            return quantize.KMeans(k).convert(array)
+
+        def theirs(k: int = k) -> Any:
+            return KMeans(k, n_init=1, max_iter=20, random_state=0).fit(weights[:, None])
+
+        found = theirs()
+        errors = [
+            float(np.mean((weights - values.ravel()) ** 2))
+            for values in (np.asarray(ours().materialise()), found.cluster_centers_[found.labels_])
+        ]
+        figures[str(k)] = faster(
+            ours,
+            theirs,
+            "scikit-learn's KMeans",
+            max(3, rounds // 3),
+            calls=1,
+            error=errors[0],
+            baseline_error=errors[1],
+            weights=weights.size,
+        )
+    return figures
+
+
+SIZE, ROWS = 4096, (1, 4, 16)
+
+
+def _products(scheme: Any, rounds: int) -> dict[str, Figure]:
+    """`x @ w` with the compressed weight against the float32 one, for few rows of x; and the compiled temporaries."""
+    weight = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / 64
+    small = scheme.convert(weight)
+    figures = {}
+    for rows in ROWS:
+        x = jax.random.normal(jax.random.key(1), (rows, SIZE))
+
+        def call(w: Any, x: jax.Array = x) -> Callable[[], Any]:
+            product = jax.jit(compressed(jnp.dot))
+            return lambda: product(x, w)
+
+        temp = compiled_bytes(compressed(jnp.dot), x, small)["temp"]
+        figures[str(rows)] = faster(
+            call(small), call(weight), "float32 product", rounds, temp=temp, weight_bytes=nbytes(small)
+        )
+    return figures
+
+
+@benchmark("quantize.weight_only")
+def weight_only(rounds: int) -> Figures:
+    """Products of 1, 4 and 16 rows with a 4096x4096 weight in int8 and in int4, against float32."""
+    schemes = {"int8": quantize.Affine(bits=8), "int4": quantize.Affine(bits=4)}
+    return {
+        f"{name}.{rows}": figure
+        for name, scheme in schemes.items()
+        for rows, figure in _products(scheme, rounds).items()
+    }
+
+
+@benchmark("quantize.integer")
+def integer(rounds: int) -> Figures:
+    """The same with inputs in int8 too, as products of integers."""
+    return _products(INT8, rounds)

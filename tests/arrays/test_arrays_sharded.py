@@ -29,9 +29,8 @@ def place(w, spec, on):
 
 def collectives(fn, *args):
     text = jax.jit(fn).lower(*args).compile().as_text()
-    return sorted(
-        re.findall(r"= (?:\S+|\([^)]*\)) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
-    )
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return sorted(re.findall(rf"= (?:\S+|\([^)]*\)) ({kinds})(?:-start)?\(", text))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
