@@ -1,7 +1,8 @@
 """Distillation losses: alone, in a full step, at a language model's vocabulary, and the memory of relations.
 
 The student is the shared MLP (`_mlp.py`); the teacher is the same network with other weights, and its forward pass is
-part of the step. Losses on features see the last hidden layer's 1024 units as a map of 4x4 pixels and 64 channels.
+part of the step. Losses on features see the last hidden layer's 1024 units as a map of 4x4 pixels and 64 channels;
+losses on relations see that map's mean over its pixels, [128, 64], as after global pooling.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def _on_maps(loss: Callable[..., jax.Array], **options: Any) -> Loss:
 
 
 def _on_vectors(loss: Callable[..., jax.Array], **options: Any) -> Loss:
-    return lambda s, t, labels: jnp.mean(loss(*(x[1].reshape(len(x[1]), -1) for x in (s, t)), **options))
+    return lambda s, t, labels: jnp.mean(loss(*(x[1].mean(axis=(1, 2)) for x in (s, t)), **options))
 
 
 LOSSES: dict[str, Loss] = {
@@ -103,7 +104,7 @@ def _loss(rounds: int) -> Figures:
         return lambda: run(student, teacher, data[1])
 
     plain = alone(_cross_entropy)
-    return {  # few calls a round: beside the relations of 1024 features the cross-entropy takes no time at all
+    return {  # few calls a round: beside the relations of a batch the cross-entropy takes no time at all
         name: paired(alone(loss), plain, "cross-entropy alone", rounds, calls=CALLS) for name, loss in LOSSES.items()
     }
 
@@ -113,11 +114,12 @@ def _step(rounds: int) -> Figures:
     """A full step with each loss and the teacher's forward pass, against the plain cross-entropy step."""
     data, teacher = mlp.batch(), mlp.params(2)
 
-    def stepper(loss: Loss | None) -> Stepper:
-        return Stepper(step(loss), mlp.init(optax.adam(1e-3)), teacher, data)
+    def stepper(run: Callable[..., Any]) -> Stepper:
+        return Stepper(run, mlp.init(optax.adam(1e-3)), teacher, data)
 
+    plain = step(None)  # compiled once for all
     return {
-        name: paired(stepper(loss), stepper(None), "plain cross-entropy step", rounds, calls=CALLS)
+        name: paired(stepper(step(loss)), stepper(plain), "plain cross-entropy step", rounds, calls=CALLS)
         for name, loss in LOSSES.items()
     }
 
@@ -159,6 +161,8 @@ def _relations(rounds: int) -> Figures:
         "distance": distill.distance_relation_loss,
         "angle": distill.angle_relation_loss,
         "correlation_congruence": distill.correlation_congruence_loss,
+        "similarity_preserving": distill.similarity_preserving_loss,
+        "probabilistic_transfer": distill.probabilistic_transfer_loss,
     }
     cube = "[1024, 1024, 1024] in float32"
     return {
