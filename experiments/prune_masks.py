@@ -164,8 +164,8 @@ def supermask_rows(lab: Lab, config: Config) -> tuple[Figures, list[Choice]]:
 
 TITLES = {"criteria": "Mask criteria", "signs": "Signs and sizes of a ticket's weights", "supermasks": "Supermasks"}
 SOURCES = {
-    "criteria": "Zhou et al. 2019 compare these criteria (figures without numbers in the text); for masks on untrained"
-    " weights they report up to about 86% on MNIST, by `large_final_same_sign` with signed constants.",
+    "criteria": "Zhou et al. 2019 compare these criteria; for masks on untrained weights they report up to about 86%"
+    " on MNIST, by `large_final_same_sign` with signed constants, at the best of many sparsities.",
     "signs": "Zhou et al. 2019 report that tickets keep most of their advantage when only the signs are kept, and lose"
     " it when signs are random.",
     "supermasks": "Zhou et al. 2019 report about 95.3% for masks learned as probabilities on MNIST, and 98.0% with"
