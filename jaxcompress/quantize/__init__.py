@@ -8,6 +8,7 @@ leaves instead, whose few centroids can be trained on.
 """
 
 from jaxcompress.quantize._affine import Affine, fake_quantize, quantize
+from jaxcompress.quantize._awq import awq
 from jaxcompress.quantize._codebook import Binary, KMeans, Ternary
 from jaxcompress.quantize._convert import Scheme, convert
 from jaxcompress.quantize._fake import FakeQuantized, fake, fake_quantize_input
@@ -20,6 +21,7 @@ __all__ = [
     "KMeans",
     "Scheme",
     "Ternary",
+    "awq",
     "convert",
     "fake",
     "fake_quantize",

@@ -96,7 +96,8 @@ def gptq(
 
 def _checked(name: str, weight: Any, spec: Affine | None) -> None:
     """Raises, naming the weight, what `quantize` would."""
-    assert spec is not None
+    if not isinstance(spec, Affine):
+        raise TypeError(f"{name!r}: gptq rounds to an Affine grid, got the rule {spec!r}")
     try:
         if is_leaf(weight):
             raise TypeError(f"it is a {type(weight).__name__} already; quantize float weights")

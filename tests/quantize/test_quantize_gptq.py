@@ -103,6 +103,8 @@ def test_refuses(rng):
         quantize.gptq(linear, {"w": w.at[0, 0].set(jnp.nan)}, [x], {"w": Affine()})
     with pytest.raises(TypeError, match="a Quantized already"):
         quantize.gptq(linear, {"w": quantize.quantize(w)}, [x], {"w": Affine()})
+    with pytest.raises(TypeError, match="an Affine grid, got the rule 4"):
+        quantize.gptq(linear, {"w": w}, [x], {"w": 4})
     with pytest.raises(ValueError, match="does not measure Gram"):
         observer = InputObserver(linear, {"w": w}, x, {"w": True}, gram=False)
         quantize.gptq(observer, {"w": w}, [x], {"w": Affine()})

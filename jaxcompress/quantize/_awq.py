@@ -1,0 +1,180 @@
+"""AWQ: scales moved from a weight's inputs into the weight, so that the inputs that matter are rounded more finely."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.arrays import is_leaf
+from jaxcompress.calibrate import InputObserver, Layout
+from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.quantize._affine import Affine, fake_quantize
+
+Pairs = Sequence[tuple[Sequence[str], Sequence[str]]]
+"""`(in front, behind)`: paths of parameters that scale the inputs of weights, and paths of these weights."""
+
+
+def awq(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules[Affine | None],
+    pairs: Pairs,
+    *,
+    points: int = 20,
+    tolerance: float = 1e-2,
+) -> Any:
+    """Parameters of the same function, whose weights lose less when they are rounded: for `convert`, or `gptq`.
+
+    Activation-aware weight quantization (Lin et al. 2024, section 3.2). Each input `c` of a weight is multiplied by
+    `s[c]` in the weight and divided by it in what stands in front. `s = rms(x)**a`, normalised so that the product of
+    its extremes is 1, with the `a` of `points + 1` evenly spaced in [0, 1] for which the rounded weights change their
+    outputs least over the batches; `a = 0` is rounding to nearest, so no layer gets worse. (The paper takes the mean of
+    `|x|`; the root mean square is what is measured here.)
+
+        pairs = [(["LayerNorm_0/scale", "LayerNorm_0/bias"], ["query/kernel", "key/kernel", "value/kernel"]),
+                 (["Dense_0/kernel", "Dense_0/bias"], ["Dense_1/kernel"])]  # with a rectifier between: s > 0 passes it
+        scaled = quantize.awq(fn, params, batches, rules, pairs)
+        small = quantize.convert(scaled, rules)
+
+    Args:
+      fn: `fn(params, batch)`, the model.
+      params: a tree of float arrays.
+      batches: calibration data, which can be read again.
+      rules: by path, the grid that each weight is going to be rounded to.
+      pairs: what stands in front of which weights. What is in front has the channels along its last axis (or its last
+        axes: heads and their size); the weights behind it share its scales, and have the channels as their inputs, or
+        as the last of the axes that make up their inputs (convolutions, flattened images).
+      points: of the search.
+      tolerance: how far, relative to its norm, the function's output on the first batch may be off after scaling.
+
+    Returns:
+      `params` in float, scaled.
+
+    Raises:
+      UnmatchedRuleError: a rule matches no parameter.
+      ValueError: a path that isn't there, a weight behind that no rule chooses or that has several matrices (stacked
+        layers, groups), sizes that don't fit, inputs that can't be measured, a function that scaling changes.
+    """
+    names = [name for name, _ in named_leaves(params, is_leaf)]
+    specs = dict(zip(names, match(rules, names, None), strict=True))
+    if iter(batches) is batches:
+        raise ValueError("awq reads the batches twice: hand in a list of them, not an iterator")
+    first = next(iter(batches), None)
+    if first is None or points < 1:
+        raise ValueError(f"want at least one batch and one point, got {points} points and {batches!r:.40}")
+    behind = [name for _, weights in pairs for name in weights]
+    for name in [*behind, *(name for front, _ in pairs for name in front)]:
+        if name not in specs or (name in behind and specs[name] is None):
+            raise ValueError(f"{name!r} of the pairs is {'not chosen by any rule' if name in specs else 'not there'}")
+        if name in behind and not isinstance(specs[name], Affine):
+            raise TypeError(f"{name!r}: awq searches scales for an Affine grid, got the rule {specs[name]!r}")
+    observer = InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in behind})
+    statistics = observer.measure(params, batches)
+    leaves = dict(named_leaves(params, is_leaf))
+    for front, weights in pairs:
+        seen = [statistics[name] for name in weights]
+        channels = _channels(front, weights, leaves, observer.layouts)
+        energy = sum(jnp.mean((s.squares / s.rows[:, None]).reshape(-1, channels), axis=0) for s in seen)
+        scale = _searched(
+            [leaves[name] for name in weights],
+            [s.gram[0] for s in seen if s.gram is not None],
+            jnp.sqrt(energy),
+            layouts=tuple(s.layout for s in seen),
+            specs=tuple(specs[name] for name in weights),
+            points=points,
+        )
+        for name in front:
+            x = leaves[name]
+            leaves[name] = (
+                (x.reshape(*x.shape[: x.ndim - _depth(x.shape, channels)], channels) / scale)
+                .reshape(x.shape)
+                .astype(x.dtype)
+            )
+        for name, s in zip(weights, seen, strict=True):
+            leaves[name] = _multiplied(leaves[name], scale, s.layout)
+    scaled = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), list(leaves.values()))
+    _same(fn, params, scaled, first, tolerance)
+    return scaled
+
+
+def _channels(
+    front: Sequence[str], weights: Sequence[str], leaves: Mapping[str, Array], layouts: Mapping[str, Layout]
+) -> int:
+    """How many scales the weights share with what is in front; raises ValueError where that has no answer."""
+    if not front or not weights:
+        raise ValueError(f"a pair names parameters in front and weights behind, got {front} and {weights}")
+    inputs = [layouts[name].matrix_shape[1] for name in weights]
+    for name in weights:
+        if layouts[name].matrix_shape[0] != 1:
+            raise ValueError(
+                f"{name!r} is {layouts[name].matrix_shape[0]} matrices (stacked or grouped): scale it alone"
+            )
+    for channels in (min(inputs), leaves[front[0]].shape[-1]):
+        if all(_depth(leaves[name].shape, channels) for name in front) and not any(n % channels for n in inputs):
+            return channels
+    shapes = {name: leaves[name].shape for name in (*front, *weights)}
+    raise ValueError(f"what is in front does not end with the channels of what is behind: {shapes}")
+
+
+def _depth(shape: tuple[int, ...], channels: int) -> int:
+    """How many of the last axes have as many places together as there are channels; 0 if that never happens."""
+    return next((n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == channels), 0)
+
+
+def _multiplied(weight: Array, scale: Float[Array, " channels"], layout: Layout) -> Array:
+    matrices = layout.matrices(weight)
+    along = jnp.tile(scale, matrices.shape[1] // scale.size)
+    return layout.weight((matrices * along[:, None]).astype(weight.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("layouts", "specs", "points"))
+def _searched(
+    weights: list[Array],
+    grams: list[Float[Array, "inputs inputs"]],
+    rms: Float[Array, " channels"],
+    *,
+    layouts: tuple[Layout, ...],
+    specs: tuple[Affine, ...],
+    points: int,
+) -> Float[Array, " channels"]:
+    """The scales under which the weights' outputs change least, all together."""
+    heard = rms > 0  # a channel that is always zero is left alone
+    logs = jnp.log(jnp.where(heard, rms, 1.0))
+    middle = (jnp.max(logs, where=heard, initial=-jnp.inf) + jnp.min(logs, where=heard, initial=jnp.inf)) / 2
+    logs = jnp.where(heard, logs - middle, 0.0)
+
+    def scale_at(power: Array) -> Array:
+        return jnp.exp(jnp.clip(power * logs, -9.0, 9.0))
+
+    def loss(power: Array) -> Array:
+        total = jnp.float32(0)
+        for weight, gram, layout, spec in zip(weights, grams, layouts, specs, strict=True):
+            scale = scale_at(power)
+            rounded = _multiplied(fake_quantize(_multiplied(weight, scale, layout), spec), 1 / scale, layout)
+            error = layout.matrices((rounded - weight).astype(jnp.float32))[0]
+            total += jnp.sum(error * jnp.matmul(gram, error, precision=jax.lax.Precision.HIGHEST))
+        return total
+
+    powers = jnp.linspace(0.0, 1.0, points + 1)
+    return scale_at(powers[jnp.argmin(jax.lax.map(loss, powers))])
+
+
+def _same(fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: Any, tolerance: float) -> None:
+    """Raises ValueError if the function is another one after scaling."""
+    run = jax.jit(fn)
+    for before, after in zip(*(jax.tree.leaves(run(tree, batch)) for tree in (params, scaled)), strict=True):
+        if jnp.issubdtype(before.dtype, jnp.floating):
+            off = float(jnp.linalg.norm((after - before).astype(jnp.float32).ravel()))
+            norm = float(jnp.linalg.norm(before.astype(jnp.float32).ravel()))
+            if not off <= tolerance * norm:
+                raise ValueError(
+                    f"scaling changes the function ({off:.3g} of {norm:.3g} on the first batch): what the pairs have "
+                    f"in front must reach the weights behind only, through what commutes with positive scales (a "
+                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias"
+                )
