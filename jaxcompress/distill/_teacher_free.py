@@ -171,9 +171,9 @@ def class_similarity_teacher(
 
     For an example of class `c` the soft target is `softmax(sharpness * cos(w_c, w_i))` over classes `i`, with `w_i`
     the teacher's last-layer weights of class `i`: the same for all examples of a class, so nothing about the single
-    example is left ("KD-sim" in Tang et al., "Understanding and improving knowledge distillation", 2020;
-    `sharpness` is the power that the paper raises the softmax to). With `confidence` the label's probability is set
-    to it and the others share the rest in proportion.
+    example is left ("KD-sim" in Tang et al., "Understanding and improving knowledge distillation", 2020).
+    `sharpness` is one over a temperature, which is the same as a power of the softmax. With `confidence` the label's
+    probability is set to it and the others share the rest in proportion.
 
     Args:
       class_weights: `[features, classes]`, the kernel of the teacher's output layer.
