@@ -15,6 +15,9 @@ leave pruned weights at exactly zero, with no call to remember in the training l
 from the start there (RigL, SET). Scores that need something measured (`saliency`, `wanda`, `CRITERIA`, ...) become
 masks by `choose`, which `fixed` holds through a training. `straight_through` keeps the weights under a mask alive.
 
+A model that is trained, and is not to be trained again, is pruned once from calibration batches: by `sparsegpt`, which
+lets the kept weights make up for the pruned ones, or by `wanda_one_shot`.
+
 The masks live in the optimizer's state, so they are sharded, saved and restored with it. `masks` reads them there,
 `apply_masks` brings them to parameters that came another way (averages, checkpoints), `to_sparse` stores the pruned
 weights as bits and kept values, `sparsity` counts zeros, `threshold` is the exact quantile of a whole model's scores.
