@@ -54,7 +54,7 @@ def build(
       dtype: "float32" or "bfloat16".
       top_k: keep only the most probable classes: how many, or which share of them (a float in (0, 1)).
       temperatures: with `top_k`, those at which the tail's weight is kept.
-      part_size: records a file; what a cut-off build loses is less than one file.
+      part_size: records a file; what a cut-off build loses is less than one file. Files fill blocks of 64 KiB.
 
     Raises:
       TargetMismatchError: there is a cache of another teacher, data set or kind.
