@@ -18,6 +18,10 @@ masks by `choose`, which `fixed` holds through a training. `straight_through` ke
 A model that is trained, and is not to be trained again, is pruned once from calibration batches: by `sparsegpt`, which
 lets the kept weights make up for the pruned ones, or by `wanda_one_shot`.
 
+`penalize` and `proximal` make weights, or whole groups of them, small or exactly zero while they are trained (network
+slimming, group lasso). `tickets` finds sparse networks round by round, and takes them apart: lottery tickets and
+supermasks.
+
 The masks live in the optimizer's state, so they are sharded, saved and restored with it. `masks` reads them there,
 `apply_masks` brings them to parameters that came another way (averages, checkpoints), `to_sparse` stores the pruned
 weights as bits and kept values, `sparsity` counts zeros, `threshold` is the exact quantile of a whole model's scores.
