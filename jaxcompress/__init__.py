@@ -1,8 +1,9 @@
 """Make trained JAX models smaller and faster.
 
 A compressed model is the parameter tree it was, with some arrays replaced by compressed leaves; `compressed(model)`
-runs on it. Rooms: `distill` (losses), `prune` and `quantize` (optimizer and function transforms), `pack` (files),
-`train` (the sharded step and loop), `report` (what a model costs); `linen` and `nnx` have the Flax wrappers.
+runs on it. Rooms: `distill` (losses), `features` (values inside a model), `targets` (a teacher's outputs, kept),
+`prune` and `quantize` (optimizer and function transforms), `pack` (files), `train` (the sharded step and loop),
+`report` (what a model costs); `linen` and `nnx` have the Flax wrappers.
 """
 
 from jaxcompress.arrays import Quantized, Sparse, compressed, dense, nbytes
