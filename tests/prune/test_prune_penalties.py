@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress import prune
 
@@ -146,6 +147,20 @@ def test_exact_zeros_with_adam_by_path_and_wrapped(dtype, wrap):
     assert params["a"]["kernel"].dtype == dtype
     np.testing.assert_array_equal(params["a"]["kernel"], 0)
     assert np.all(np.asarray(params["b"]["kernel"]) != 0)
+
+
+@pytest.mark.parametrize("groups", [-1, -2, prune.vectors(0, 2, axis=-2)])
+def test_a_mesh_gives_the_same_update(groups):
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    spread = jax.device_put(KERNEL, NamedSharding(mesh, PartitionSpec("rows", "columns")))
+    middle = 0.8 * float(jnp.median(prune.GroupLasso(1.0, groups).norms(KERNEL)))
+    rules = {"w": prune.GroupLasso(middle, groups)}
+    tx = optax.chain(prune.penalize(rules), optax.sgd(0.1), prune.proximal(rules, 1.0))
+    results = [jax.jit(lambda p: moved(tx, p, p))({"w": x})["w"] for x in (KERNEL, spread)]
+    np.testing.assert_allclose(*results, atol=1e-6)
+    np.testing.assert_array_equal(*(np.asarray(x) == 0 for x in results))
+    assert results[1].sharding.is_equivalent_to(spread.sharding, 2)
+    assert 0 < np.mean(np.asarray(results[1]) == 0) < 1
 
 
 def test_the_schedule_is_followed():

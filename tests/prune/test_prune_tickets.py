@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress import prune
 from jaxcompress.prune import tickets
@@ -63,6 +64,7 @@ def kernels(tree: dict) -> list[np.ndarray]:
 
 FINAL = train(INITIAL, jax.tree.map(lambda x: jnp.ones_like(x, bool), INITIAL), 0)
 MASKS = tickets.by_criterion("large_final", INITIAL, FINAL, RULES)
+EARLIER = tickets.by_criterion("movement", INITIAL, FINAL, {"kernel$": 0.4})  # of an earlier round
 
 
 def test_iterative_magnitude_pruning_by_hand():
@@ -197,6 +199,24 @@ def test_treatments_and_criteria_run_under_jit_and_vmap():
     alone = [both(key) for key in keys]
     for i in range(2):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), together, alone[i])
+
+
+def over_four_devices(tree: dict) -> dict:
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    place = {2: NamedSharding(mesh, PartitionSpec("rows")), 1: NamedSharding(mesh, PartitionSpec())}
+    return jax.tree.map(lambda x: jax.device_put(x, place[x.ndim]), tree)
+
+
+def test_a_mesh_gives_the_same_masks_and_starts():
+    first, last = over_four_devices(INITIAL), over_four_devices(FINAL)
+    masks = tickets.by_criterion("magnitude_increase", first, last, RULES, within=over_four_devices(EARLIER))
+    wanted = tickets.by_criterion("magnitude_increase", INITIAL, FINAL, RULES, within=EARLIER)
+    jax.tree.map(np.testing.assert_array_equal, masks, wanted)
+    assert masks["Dense_0"]["kernel"].sharding.is_equivalent_to(first["Dense_0"]["kernel"].sharding, 2)
+    for treatment in (("constant", "keep"), ("initial", "random")):
+        here = tickets.treated(first, masks, *treatment, key=jax.random.key(0))
+        there = tickets.treated(INITIAL, wanted, *treatment, key=jax.random.key(0))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), here, there)
 
 
 def test_edge_popup_keeps_the_top_scores_and_passes_gradients_through():
