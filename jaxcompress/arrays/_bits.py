@@ -16,22 +16,21 @@ def unpack_bits(packed: UInt8[Array, "*lead bytes"], length: int) -> Bool[Array,
     return jnp.unpackbits(packed, axis=-1, count=length, bitorder="little").astype(bool)
 
 
-def pack_nibbles(codes: Int8[Array, "*lead n"]) -> UInt8[Array, "*lead bytes"]:
-    """Two integers of [-8, 7] a byte, in two's complement; an odd row is padded with a zero."""
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
-    low, high = codes[..., 0::2].astype(jnp.uint8) & 0xF, codes[..., 1::2].astype(jnp.uint8) & 0xF
-    return low | (high << 4)
+def pack_signed(codes: Int8[Array, "*lead n"], bits: int) -> Int8[Array, "*lead n"] | UInt8[Array, "*lead bytes"]:
+    """Integers of `bits` bits in two's complement, packed as `pack_indices` packs; 8 bits stay int8."""
+    return codes if bits == 8 else pack_indices(codes.astype(jnp.uint8) & (2**bits - 1), bits)
 
 
-def unpack_halves(packed: UInt8[Array, "*lead bytes"]) -> tuple[Int8[Array, "*lead bytes"], Int8[Array, "*lead bytes"]]:
-    """The integers in the low and in the high half of each byte."""
-    return (packed << 4).astype(jnp.int8) >> 4, packed.astype(jnp.int8) >> 4  # arithmetic shifts keep the sign
-
-
-def unpack_nibbles(packed: UInt8[Array, "*lead bytes"], length: int) -> Int8[Array, "*lead n"]:
+def unpack_signed(packed: Array, bits: int, length: int) -> Int8[Array, "*lead n"]:
     """The first `length` integers of each packed row."""
-    both = jnp.stack(unpack_halves(packed), axis=-1)
-    return both.reshape(*packed.shape[:-1], -1)[..., :length]
+    parts = signed_parts(packed, bits)
+    return jnp.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+
+
+def signed_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[Int8[Array, "*lead bytes"]]:
+    """The first integer of each byte, the second of each, ...: what `unpack_signed` would interleave."""
+    shift = 8 - bits  # up, so that the sign bit is the byte's, and down again arithmetically
+    return [(packed << (shift - i * bits)).astype(jnp.int8) >> shift for i in range(8 // bits)]
 
 
 def pack_indices(indices: UInt8[Array, "*lead n"], bits: int) -> UInt8[Array, "*lead bytes"]:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int8, UInt8
 
-from jaxcompress.arrays._bits import pack_nibbles, unpack_halves, unpack_nibbles
+from jaxcompress.arrays._bits import pack_signed, signed_parts, unpack_signed
 from jaxcompress.arrays._leaf import Leaf
 
 
 class Quantized(Leaf):
-    """`scale * (values - zero_point)`: integers of 8 bits, or of 4 packed two a byte, that stand for a float array.
+    """`scale * (values - zero_point)`: integers of 8 bits, or of 4 or 2 bits packed into bytes, for floats.
 
     The scale (and the zero point) has the rank of the weight. Along each axis its size is 1 (shared), the axis's own (a
     scale an index: "per channel"), or, along the grouped axis, one a group of `group_size` neighbours.
@@ -24,13 +24,13 @@ class Quantized(Leaf):
     """
 
     values: Int8[Array, "*shape"] | UInt8[Array, "*packed"]
-    """int8 codes, or (`bits == 4`) two codes a byte along the last axis, the first in the low half."""
+    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits."""
     scale: Float[Array, "*blocks"]
     """float32, the step of the integers' grid."""
     zero_point: Int8[Array, "*blocks"] | None
     """The code that means zero; `None` for symmetric quantization, where it is 0."""
     bits: int = eqx.field(static=True)
-    """8 or 4: how the codes are stored. Fewer levels than `2 ** bits` may be in use."""
+    """8, 4 or 2: how the codes are stored. Fewer levels than `2 ** bits` may be in use."""
     length: int | None = eqx.field(static=True)
     """The true length of the packed (last) axis; `None` where nothing is packed."""
     compute_dtype: str = eqx.field(static=True)
@@ -55,10 +55,12 @@ class Quantized(Leaf):
         """A leaf from its integer codes, `[*shape]`, and its scales, broadcastable to them but for a grouped axis.
 
         Raises:
-          ValueError: other bits than 8 or 4; scales whose shape is neither shared, per index nor per group.
+          ValueError: other bits than 8, 4 or 2; scales whose shape is neither shared, per index nor per group.
         """
-        if bits not in (4, 8):
-            raise ValueError(f"Quantized stores 8 or 4 bits, got bits={bits}; fewer levels fit into 4")
+        if bits not in (2, 4, 8):
+            raise ValueError(
+                f"Quantized stores 8, 4 or 2 bits, got bits={bits}; fewer levels fit into the next of these"
+            )
         for axis in range(-codes.ndim, 0):
             size, steps = codes.shape[axis], scale.shape[axis] if scale.ndim == codes.ndim else -1
             per_group = group is not None and group[0] == axis and steps == -(-size // group[1])
@@ -68,11 +70,11 @@ class Quantized(Leaf):
                 )
         codes = codes.astype(jnp.int8)
         return cls(
-            values=pack_nibbles(codes) if bits == 4 else codes,
+            values=pack_signed(codes, bits),
             scale=scale.astype(jnp.float32),
             zero_point=None if zero_point is None else zero_point.astype(jnp.int8),
             bits=bits,
-            length=codes.shape[-1] if bits == 4 else None,
+            length=None if bits == 8 else codes.shape[-1],
             compute_dtype=jnp.dtype(dtype).name,
             group=group,
             activation_bits=activation_bits,
@@ -87,7 +89,7 @@ class Quantized(Leaf):
 
     def codes(self) -> Int8[Array, "*shape"]:
         """The integers as they were quantized, unpacked."""
-        return self.values if self.length is None else unpack_nibbles(self.values, self.length)
+        return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
 
     def centred(self, dtype: Any) -> Array:
         """The codes less their zero point: integers of at most 255 in magnitude, exact in bfloat16 too."""
@@ -106,16 +108,16 @@ class Quantized(Leaf):
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""
         axis -= len(self.shape)
-        unit = 2 if self.length is not None and axis == -1 else 1
+        unit = 8 // self.bits if self.length is not None and axis == -1 else 1
         return math.lcm(unit, self.group[1]) if self.group is not None and axis == self.group[0] else unit
 
     def tile(self, axis: int, start: Array, size: int) -> "Quantized":
         """The part `start : start + size` along `axis`, cut out of the stored codes."""
         if size == self.shape[axis]:
             return self
-        stored = 2 if self.length is not None and axis == len(self.shape) - 1 else 1
-        values = jax.lax.dynamic_slice_in_dim(self.values, start // stored, size // stored, axis)
-        length = size if stored == 2 else self.length
+        packed = self.length is not None and axis == len(self.shape) - 1
+        a_byte = 8 // self.bits if packed else 1
+        values = jax.lax.dynamic_slice_in_dim(self.values, start // a_byte, size // a_byte, axis)
 
         def steps(per_block: Array) -> Array:
             if per_block.shape[axis] == 1:
@@ -124,19 +126,21 @@ class Quantized(Leaf):
             return jax.lax.dynamic_slice_in_dim(per_block, start // a_step, size // a_step, axis)
 
         zero_point = None if self.zero_point is None else steps(self.zero_point)
-        return dataclasses.replace(self, values=values, scale=steps(self.scale), zero_point=zero_point, length=length)
+        return dataclasses.replace(
+            self, values=values, scale=steps(self.scale), zero_point=zero_point, length=size if packed else self.length
+        )
 
-    def halves(self) -> tuple["Quantized", "Quantized"]:
-        """The even and the odd columns of packed codes, each unpacked: nothing is interleaved."""
-        low, high = unpack_halves(self.values)
+    def columns(self) -> list["Quantized"]:
+        """Of packed codes the first of each byte, the second of each, ..., each unpacked: nothing is interleaved."""
+        a_byte = 8 // self.bits
 
-        def half(codes: Array, first: int) -> Quantized:
-            def columns(per_block: Array) -> Array:
-                return per_block if per_block.shape[-1] == 1 else per_block[..., first::2]
+        def column(codes: Array, first: int) -> Quantized:
+            def own(per_block: Array) -> Array:
+                return per_block if per_block.shape[-1] == 1 else per_block[..., first::a_byte]
 
-            zero_point = None if self.zero_point is None else columns(self.zero_point)
+            zero_point = None if self.zero_point is None else own(self.zero_point)
             return dataclasses.replace(
-                self, values=codes, scale=columns(self.scale), zero_point=zero_point, bits=8, length=None
+                self, values=codes, scale=own(self.scale), zero_point=zero_point, bits=8, length=None
             )
 
-        return half(low, 0), half(high, 1)
+        return [column(codes, i) for i, codes in enumerate(signed_parts(self.values, self.bits))]

@@ -59,11 +59,11 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
         x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.scale), dims, x.ndim)
         floats = dataclasses.replace(w, activation_bits=None)
-        product = tiled(lambda x, w: _dot_halves(_dot_own_codes, x, w, dims, params), x, floats, dims)
+        product = tiled(lambda x, w: _dot_columns(_dot_own_codes, x, w, dims, params), x, floats, dims)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
             return NotImplemented
-        product = tiled(lambda x, w: _dot_halves(_dot_groups, x, w, dims, params), x, w, dims)
+        product = tiled(lambda x, w: _dot_columns(_dot_groups, x, w, dims, params), x, w, dims)
     else:
         return NotImplemented
     return product.astype(out_dtype)
@@ -73,7 +73,7 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     """`_dot_codes` with the weight's own codes, decoded tile by tile where that is faster."""
 
     def product(x: Array, w: Quantized) -> Array:
-        return _dot_halves(_dot_own_codes, x, w, dims, params)
+        return _dot_columns(_dot_own_codes, x, w, dims, params)
 
     floats = dataclasses.replace(w, activation_bits=None)
     if w.activation_bits is None or w.zero_point is not None:
@@ -86,25 +86,25 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
         codes.astype(jnp.float32),
         floats,
         dims,
-        whole=lambda: _dot_halves(lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params),
+        whole=lambda: _dot_columns(lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params),
         rows=3,
         depth=1 << 10,
     )
     return sums.astype(jnp.float32) * _output_step(step, dims, w.ndim)
 
 
-def _dot_halves(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    """`product` by the even and the odd columns of packed codes apart: interleaving costs more than multiplying."""
-    last = w.ndim - 1
-    if w.length is None or w.length % 2 or last in dims.w_batch or (w.group is not None and w.group[0] == -1):
+def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """`product`, of packed codes by the first of each byte, the second, ...: to interleave them would cost more."""
+    last, a_byte = w.ndim - 1, 8 // w.bits
+    if w.length is None or w.length % a_byte or last in dims.w_batch or (w.group is not None and w.group[0] == -1):
         return product(x, w, dims, params)
-    even, odd = w.halves()
+    columns = w.columns()
     if last in dims.w_contract:
         axis = dims.x_contract[dims.w_contract.index(last)]
-        firsts, seconds = (lax.slice_in_dim(x, start, None, 2, axis) for start in (0, 1))
-        return product(firsts, even, dims, params) + product(seconds, odd, dims, params)
-    both = jnp.stack([product(x, even, dims, params), product(x, odd, dims, params)], axis=-1)
-    return both.reshape(*both.shape[:-2], -1)  # the weight's last axis is the output's
+        strided = [lax.slice_in_dim(x, i, None, a_byte, axis) for i in range(a_byte)]
+        return sum(product(part, column, dims, params) for part, column in zip(strided, columns, strict=True))
+    together = jnp.stack([product(x, column, dims, params) for column in columns], axis=-1)
+    return together.reshape(*together.shape[:-2], -1)  # the weight's last axis is the output's
 
 
 def _dot_own_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:

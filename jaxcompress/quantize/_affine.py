@@ -17,7 +17,7 @@ class Affine:
     """A grid of integers for a weight: `scale * (integer - zero_point)`, the scale from the weight's largest magnitude.
 
     Attributes:
-      bits: levels of the weight, 2 to 8 bits. Up to 4 bits are stored packed, two a byte.
+      bits: levels of the weight, 2 to 8 bits. Stored in 2, 4 or 8 bits each.
       axes: the axes along which each index has a scale of its own; all others share. The default is per output channel
         for kernels whose last axis is the output's (Linen and NNX `Dense`, `Conv`); `()` is per tensor, `(0, -1)` per
         channel of weights stacked by `nn.scan`.
@@ -69,7 +69,7 @@ def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantiz
         _codes(weight, scale, zero_point, spec),
         scale,
         zero_point,
-        bits=4 if spec.bits <= 4 else 8,
+        bits=next(bits for bits in (2, 4, 8) if spec.bits <= bits),
         dtype=weight.dtype,
         group=group,
         activation_bits=spec.activation_bits,

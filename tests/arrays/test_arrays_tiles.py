@@ -42,6 +42,7 @@ CASES = {
 SPECS = {
     "int8": Affine(),
     "int4": Affine(bits=4),
+    "int2": Affine(bits=2, symmetric=False),
     "int4, zero points": Affine(bits=4, symmetric=False),
     "groups": Affine(group=(0, 8)),
     "int4 groups": Affine(bits=4, group=(0, 8)),
