@@ -19,6 +19,7 @@ from experiments._pruning import Lab, Strided, command, held, sgd, write
 from experiments._results import Column, Row
 from experiments.data import load
 from jaxcompress import prune
+from jaxcompress.paths import match, named_leaves
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,18 @@ def gradual(config: Config, rules: Any, steps: int) -> Callable[[Any], optax.Gra
     return lambda a: optax.chain(sgd(a), prune.sparsify(rules, schedule, packed=False))
 
 
+def scaled(params: Any, rules: Any) -> Any:
+    """Initial weights over the root of their layer's density: the spread that is right for the inputs that are left.
+
+    With the dense network's spread the signal dies out from layer to layer, and nothing trains (Evci et al. 2022,
+    "Gradient Flow in Sparse Neural Networks"; batch normalisation, which most papers have, hides it).
+    """
+    named = named_leaves(params)
+    found = match(rules, [name for name, _ in named], None)
+    leaves = [x if p is None else x / (1 - p.sparsity) ** 0.5 for (_, x), p in zip(named, found, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def main(config: Config) -> _results.Result:
     """Runs every arm, sparsity and seed, and writes the result and the figure."""
     classes = load(config.data, config.data_dir).classes
@@ -91,6 +104,7 @@ def main(config: Config) -> _results.Result:
             for seed in seeds:
                 params, key = lab.init(jax.random.key(seed)), jax.random.key(1000 + seed)
                 arguments: dict[str, Any] = {"rate": rate}
+                params = params if name == MAGNITUDE else scaled(params, rules)
                 if name == STATIC:
                     masks = prune.choose(prune.random(params, key), rules)  # those that rewiring begins with
                     every = jax.tree.map(jnp.ones_like, prune.choose(params, {"kernel$": 0.5}))
@@ -110,7 +124,8 @@ def main(config: Config) -> _results.Result:
         source="Test accuracy in %. The order that Evci et al. 2020 report is static, SET, RigL; their networks and"
         " lengths are other ones, so their figures are not repeated here.",
         command=command("prune_rewire", config),
-        selection="nothing was chosen: rates, lengths and sparsities were fixed beforehand",
+        selection="rates, lengths and sparsities were fixed beforehand; the spread of the initial weights after a first"
+        " run with the dense network's, with which the sparse ones did not train",
         columns=[Column(key, f"{key}% pruned") for key in keys],
         rows=rows,
         pairs=pairs if config.seeds > 1 else [],
@@ -118,7 +133,8 @@ def main(config: Config) -> _results.Result:
             lab.setting(),
             f"Convolutions of {config.widths} channels, hidden layer of {config.hidden}. Masks change every"
             f" {config.every} steps until three quarters of the training; at first {config.fraction:.0%} of the weights"
-            f" in use are replaced. Static masks are those that RigL and SET begin with.",
+            f" in use are replaced. Static masks are those that RigL and SET begin with; the initial weights of all three"
+            f" are divided by the root of their layer's density.",
         ],
     )
     lines = {row.name: [(100 - float(key), row.ours[key].values) for key in keys] for row in rows}
