@@ -142,9 +142,11 @@ def supermask_rows(lab: Lab, config: Config) -> tuple[Figures, list[Choice]]:
                 )
                 masks = tickets.popup_masks(weights, last, HALF) if kind.popup else tickets.bernoulli_masks(last)
                 masked[rate] = (masks, tickets.masked(weights, masks, rescale=kind.rescale))
-            scores = {rate: lab.accuracy(network) for rate, (_, network) in masked.items()}
-            best, choice = lab.chosen(f"rate of {kind}, seed {seed}", scores)
-            choices.append(choice)
+            best = config.mask_rates[0]
+            if len(masked) > 1:
+                scores = {rate: lab.accuracy(network) for rate, (_, network) in masked.items()}
+                best, choice = lab.chosen(f"rate of {kind}, seed {seed}", scores)
+                choices.append(choice)
             masks, network = masked[best]
             rows.setdefault(str(kind), {})[seed] = {
                 "accuracy": lab.test(f"{kind}, seed {seed}", network),
@@ -220,7 +222,7 @@ NOTES = {
     " initial values.",
     "signs": "One shot, by the final magnitude; `reinitialise` draws biases anew too, all others begin with them as"
     " they were.",
-    "supermasks": "Masks are learned for {epochs} epochs by Adam, its rate chosen by validation accuracy; learned"
+    "supermasks": "Masks are learned for {epochs} epochs by Adam; learned"
     " probabilities are evaluated by the most probable mask. Biases stay at zero.",
 }
 
