@@ -197,6 +197,15 @@ def test_recorded_signs_matter_more_than_sizes():
     assert min(criteria[k] for k in ("large_final", "magnitude_increase", "movement")) > criteria["random"] + 50
 
 
+def test_recorded_supermasks_classify_without_trained_weights():
+    rows = recorded("prune_supermasks_lenet_mnist")
+    for kind in map(str, prune_masks.KINDS):
+        assert rows[kind]["accuracy"] > rows["no mask, initial weights"]["accuracy"] + 70, kind
+        assert (
+            not kind.endswith("rescaled") or rows[kind]["accuracy"] > rows[kind.removesuffix(", rescaled")]["accuracy"]
+        )
+
+
 def test_recorded_slimming_costs_little_where_the_penalty_made_room():
     rows = recorded("prune_slimming_digits")
     assert rows["proximal, 0.08"]["bare_60"] > rows["proximal, 0.08"]["dense"] - 1
