@@ -74,6 +74,8 @@ class KMeans:
 class Binary:
     """Two values, a bit a weight: the sign, times the mean magnitude (Rastegari et al. 2016, XNOR-Net, equation 6).
 
+    `fake` trains under it: the forward pass has the two values, and gradients reach the float weights as they are.
+
     Attributes:
       axes: the axes along which each index has a magnitude of its own; the default is per output channel.
       scaled: False takes the magnitude 1 (Courbariaux et al. 2015, BinaryConnect).
@@ -83,13 +85,12 @@ class Binary:
     scaled: bool = True
 
     def convert(self, weight: jax.Array) -> Codebook:
-        """The weight's signs (zero counts as positive), with one magnitude a block. Runs on the host."""
-
-        def signs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            scale = np.abs(values, dtype=np.float64).mean() if self.scaled else 1.0
-            return np.array([-scale, scale], np.float32), (values >= 0).astype(np.uint8)
-
-        return _by_block(weight, self.axes, signs, False)
+        """The weight's signs (zero counts as positive), with one magnitude a block."""
+        weight = check_float(weight)
+        scale = _block_mean(jnp.abs(weight), jnp.ones(weight.shape, bool), self.axes)
+        scale = scale if self.scaled else jnp.ones_like(scale)
+        centroids = jnp.stack([-scale, scale], axis=-1).astype(weight.dtype)
+        return Codebook.from_indices((weight >= 0).astype(jnp.uint8), centroids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Ternary:
     """Three values, two bits a weight: zero below a threshold, and the mean of what is above it.
 
     Li & Liu 2016, "Ternary Weight Networks": the threshold `0.7 mean|w|`, one magnitude for both signs. With `signed`
-    each sign has its own, which training moves (Zhu et al. 2017, "Trained Ternary Quantization").
+    each sign has its own (Zhu et al. 2017, "Trained Ternary Quantization", learn the two: train the centroids of what
+    `convert` makes). `fake` trains under it, as under `Binary`.
 
     Attributes:
       threshold: in units of the mean magnitude.
@@ -114,21 +116,33 @@ class Ternary:
             raise ValueError(f"the threshold is positive, in units of the mean magnitude, got {self.threshold}")
 
     def convert(self, weight: jax.Array) -> Codebook:
-        """The weight on its three values; zero is index 0 and stays zero. Runs on the host."""
-
-        def thirds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            level = self.threshold * np.abs(values, dtype=np.float64).mean()
-            above, below = values > level, values < -level
-            high, low = (_mean(np.abs(values[which])) for which in (above, below))
-            if not self.signed:
-                high = low = _mean(np.abs(values[above | below]))
-            return np.array([0, high, -low], np.float32), np.where(above, 1, np.where(below, 2, 0)).astype(np.uint8)
-
-        return _by_block(weight, self.axes, thirds, True)
+        """The weight on its three values; zero is index 0 and stays zero."""
+        weight = check_float(weight)
+        size = jnp.abs(weight)
+        level = self.threshold * _block_mean(size, jnp.ones(weight.shape, bool), self.axes)
+        above, below = weight > level, weight < -level
+        sides = (above, below) if self.signed else (above | below, above | below)
+        high, low = (_block_mean(size, side, self.axes) for side in sides)
+        centroids = jnp.stack([jnp.zeros_like(high), high, -low], axis=-1).astype(weight.dtype)
+        return Codebook.from_indices(jnp.where(above, 1, jnp.where(below, 2, 0)), centroids, keep_zeros=True)
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean(dtype=np.float64)) if values.size else 0.0
+def _block_mean(x: jax.Array, where: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean of the chosen entries of each block, float32, 1 along all other axes; 0 where none is chosen.
+
+    Of numbers that are scaled to at most 1 first: the sum of huge ones is not finite.
+    """
+    _check_axes(axes, x.ndim)
+    over = tuple(axis for axis in range(x.ndim) if axis not in {own % x.ndim for own in axes})
+    largest = jnp.max(x, axis=over, keepdims=True).astype(jnp.float32)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    total = jnp.sum(jnp.where(where, x / unit, 0.0), axis=over, keepdims=True)
+    return unit * total / jnp.maximum(jnp.sum(where, axis=over, keepdims=True), 1)
+
+
+def _check_axes(axes: tuple[int, ...], ndim: int) -> None:
+    if not all(-ndim <= axis < ndim for axis in axes):
+        raise ValueError(f"axes {axes} do not exist in a weight of {ndim} axes")
 
 
 def _by_block(weight: Any, axes: tuple[int, ...], cluster: Any, keep_zeros: bool) -> Codebook:
@@ -137,8 +151,7 @@ def _by_block(weight: Any, axes: tuple[int, ...], cluster: Any, keep_zeros: bool
     if isinstance(weight, jax.core.Tracer):
         raise TypeError("codebooks are made on the host: convert outside jit, of concrete weights")
     values = np.asarray(weight, np.float32)
-    if not all(-values.ndim <= axis < values.ndim for axis in axes):
-        raise ValueError(f"axes {axes} do not exist in a weight of {values.ndim} axes")
+    _check_axes(axes, values.ndim)
     own = sorted({axis % values.ndim for axis in axes})
     shared = [axis for axis in range(values.ndim) if axis not in own]
     moved = np.transpose(values, (*own, *shared))

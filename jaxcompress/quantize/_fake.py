@@ -15,12 +15,13 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays import Leaf, compressed, is_leaf, quantize_input, register
 from jaxcompress.paths import Rules, assign
 from jaxcompress.quantize._affine import Affine, fake_quantize
+from jaxcompress.quantize._convert import Scheme
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fake(fn: Callable[P, R], rules: Rules[Affine | None]) -> Callable[P, R]:
+def fake(fn: Callable[P, R], rules: Rules[Affine | Scheme | None]) -> Callable[P, R]:
     """`fn` with the weights that `rules` choose rounded to their grid, and the inputs that meet them too.
 
     The parameters stay floats, in their own tree: optimizer state and checkpoints don't change. Rounding happens
@@ -29,7 +30,8 @@ def fake(fn: Callable[P, R], rules: Rules[Affine | None]) -> Callable[P, R]:
 
     Args:
       fn: a function whose first argument is a tree of parameters: a Linen module's `apply`, a loss.
-      rules: pairs of a path pattern and an `Affine` (or `None`: leave alone). First match wins.
+      rules: pairs of a path pattern and an `Affine`, or a `Scheme` that converts under jit (`Binary`, `Ternary`), or
+        `None`: leave alone. First match wins.
 
     Returns:
       A function of the same signature.
@@ -50,15 +52,27 @@ def fake(fn: Callable[P, R], rules: Rules[Affine | None]) -> Callable[P, R]:
     return run
 
 
-def _view(weight: Any, spec: Affine | None) -> Any:
+def _view(weight: Any, spec: Affine | Scheme | None) -> Any:
     if spec is None:
         return weight
     if is_leaf(weight):
         raise TypeError(
             f"a {type(weight).__name__} weight is compressed already; fake quantization takes float weights"
         )
+    if not isinstance(spec, Affine):
+        return _straight_through(weight, spec)
     rounded = fake_quantize(weight, spec)
     return rounded if spec.activation_bits is None else FakeQuantized(rounded, spec.activation_bits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _straight_through(weight: Array, scheme: Scheme) -> Array:
+    return jnp.asarray(scheme.convert(weight).materialise())
+
+
+_straight_through.defvjp(
+    lambda weight, scheme: (_straight_through(weight, scheme), None), lambda scheme, _, cotangent: (cotangent,)
+)
 
 
 class FakeQuantized(Leaf):

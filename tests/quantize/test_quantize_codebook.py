@@ -142,6 +142,31 @@ def test_binary_and_ternary_closed_forms() -> None:
     assert jnp.sum((signed.materialise() - weight) ** 2) <= jnp.sum((ternary.materialise() - weight) ** 2)
 
 
+@pytest.mark.parametrize("scheme", [quantize.Binary(), quantize.Ternary(), quantize.Ternary(signed=True, axes=(-1,))])
+def test_training_under_two_or_three_values(scheme: quantize.Binary | quantize.Ternary) -> None:
+    """The forward pass is the converted one, gradients are those of the values, and a step of training helps."""
+    x, y = jax.random.normal(jax.random.key(1), (64, 16)), jax.random.normal(jax.random.key(2), (64, 4))
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 4)), "b": jnp.zeros(4)}
+
+    def apply(params: dict, x: jax.Array) -> jax.Array:
+        return x @ params["w"] + params["b"]
+
+    faked = quantize.fake(apply, {"^w$": scheme})
+
+    def loss(params: dict, apply=faked) -> jax.Array:
+        return jnp.mean((apply(params, x) - y) ** 2)
+
+    small = quantize.convert(params, {"^w$": scheme})
+    values = params | {"w": small["w"].materialise()}
+    np.testing.assert_allclose(loss(params), loss(values, apply), rtol=1e-6)
+    slope, plain = jax.jit(jax.grad(loss))(params), jax.grad(lambda p: loss(p, apply))(values)
+    np.testing.assert_allclose(slope["w"], plain["w"], rtol=1e-5, atol=1e-6)
+    first = float(loss(params))
+    for _ in range(30):
+        params = jax.tree.map(lambda p, g: p - 0.2 * g, params, jax.grad(loss)(params))
+    assert float(loss(params)) < 0.9 * first
+
+
 def test_by_path_and_dtype() -> None:
     params = {"a": {"kernel": jnp.ones((3, 5), jnp.bfloat16), "bias": jnp.zeros(5)}, "b": {"kernel": TEXTBOOK}}
     small = quantize.convert(params, {"a/kernel": quantize.Binary(), "b/kernel": quantize.KMeans(4)})
@@ -165,6 +190,7 @@ def test_constant_and_huge_weights(value: float) -> None:
         (lambda: quantize.KMeans().convert(jnp.array([[jnp.nan, 1]])), ValueError, "non-finite"),
         (lambda: quantize.KMeans().convert(jnp.arange(4)), TypeError, "floating"),
         (lambda: quantize.KMeans(axes=(2,)).convert(TEXTBOOK), ValueError, "do not exist"),
+        (lambda: quantize.Binary(axes=(3,)).convert(TEXTBOOK), ValueError, "do not exist"),
         (lambda: jax.jit(lambda w: quantize.KMeans().convert(w).codes())(TEXTBOOK), TypeError, "outside jit"),
         (lambda: quantize.convert({"w": TEXTBOOK, "v": jnp.arange(3)}, {"v": quantize.Binary()}), TypeError, "'v'"),
     ],
