@@ -133,8 +133,8 @@ def main(config: Config) -> _results.Result:
             lab.setting(),
             f"Convolutions of {config.widths} channels, hidden layer of {config.hidden}. Masks change every"
             f" {config.every} steps until three quarters of the training; at first {config.fraction:.0%} of the weights"
-            " in use are replaced. Static masks are those that RigL and SET begin with; the initial weights of all three are"
-            " divided by the root of their layer's density.",
+            " in use are replaced. Static masks are those that RigL and SET begin with; the initial weights of all"
+            " three are divided by the root of their layer's density.",
         ],
     )
     lines = {row.name: [(100 - float(key), row.ours[key].values) for key in keys] for row in rows}
