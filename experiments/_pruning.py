@@ -319,6 +319,8 @@ def curves(
         axes.errorbar(xs, means, spreads, label=name, marker="o", markersize=3, capsize=2, linestyle=style)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
     axes.set_title(title)

@@ -206,6 +206,14 @@ def test_recorded_supermasks_classify_without_trained_weights():
         )
 
 
+def test_recorded_scores_all_beat_random_and_spreading_matters_most():
+    rows = recorded("prune_scores_lenet_mnist")
+    assert rows.keys() == {"dense", *prune_curves.SCORES}
+    for name in prune_curves.SCORES:
+        assert name == "random" or all(rows[name][s] > rows["random"][s] + 20 for s in ("90", "95", "98")), name
+        assert ", " in name or rows[name]["98"] < rows["magnitude, ERK"]["98"] - 10, name
+
+
 def test_recorded_slimming_costs_little_where_the_penalty_made_room():
     rows = recorded("prune_slimming_digits")
     assert rows["proximal, 0.08"]["bare_60"] > rows["proximal, 0.08"]["dense"] - 1
