@@ -125,6 +125,7 @@ def test_tickets(structured, tmp_path):
         np.testing.assert_allclose([r["left"].mean for r in (first, second)], [k / 502 for k in kept], atol=0.01)
 
 
+@pytest.mark.slow
 def test_units_by_every_score(tmp_path):
     config = prune_curves.Config(
         table="units", model="convnet", sparsities=(0.5,), tune_epochs=1, out=tmp_path, **LITTLE
@@ -133,7 +134,7 @@ def test_units_by_every_score(tmp_path):
     assert rows.keys() == {"dense", *prune_curves.UNIT_SCORES}
 
 
-@pytest.mark.parametrize("table", ["criteria", "signs"])
+@pytest.mark.parametrize("table", ["criteria", pytest.param("signs", marks=pytest.mark.slow)])
 def test_masks_and_signs(table, tmp_path):
     config = prune_masks.Config(
         table=table, sparsities=(0.7,), out=tmp_path, seeds=1, epochs=10, batch_size=128, rate=0.1
