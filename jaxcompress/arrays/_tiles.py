@@ -61,7 +61,8 @@ def tiled(
     """
     at_once = whole if whole is not None else lambda: product(x, w)
     plan = _plan(w, dims, depth)
-    few = rows is None or math.prod(x.shape[axis] for axis in dims.x_free(x.ndim)) <= rows
+    count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    few = rows is None or (isinstance(count, int) and count <= rows)  # under jax.export it may be a symbol
     if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
         return at_once()
     return lax.platform_dependent(cpu=lambda: _loops(product, x, w, dims, *plan), default=at_once)
