@@ -171,7 +171,7 @@ SOURCES = {
     "signs": "Zhou et al. 2019 report that tickets keep most of their advantage when only the signs are kept, and lose"
     " it when signs are random.",
     "supermasks": "Zhou et al. 2019 report about 95.3% for masks learned as probabilities on MNIST, and 98.0% with"
-    " their dynamic rescaling, on all of MNIST with more epochs. Ramanujan et al. 2020 have no MNIST.",
+    " their dynamic rescaling, on all of MNIST with more epochs.",
 }
 
 

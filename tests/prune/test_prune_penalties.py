@@ -175,6 +175,15 @@ def test_the_schedule_is_followed():
     assert seen == [10.0, 9.5, 8.5, 7.0]
 
 
+def test_a_learning_rate_may_be_a_hyperparameter():
+    tx = optax.inject_hyperparams(lambda learning_rate: prune.proximal({"w": prune.L1(1.0)}, learning_rate))(0.5)
+    params = {"w": jnp.array([10.0, 0.25])}
+    state = tx.init(params)
+    state.hyperparams["learning_rate"] = jnp.float32(2.0)
+    updates, _ = tx.update({"w": jnp.zeros(2)}, state, params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["w"], [8.0, 0.0])
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
