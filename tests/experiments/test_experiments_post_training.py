@@ -10,6 +10,7 @@ from experiments import _results, prune_post_training
 RECORDED = sorted((Path(__file__).parents[2] / "experiments" / "results").glob("prune_post_training_*.json"))
 
 
+@pytest.mark.slow
 def test_the_order_of_the_methods_on_a_short_run(tmp_path):
     result = prune_post_training.main(dataclasses.replace(prune_post_training.SHORT, out=tmp_path))
     assert _results.read(tmp_path / "prune_post_training_lenet_digits.json") == result

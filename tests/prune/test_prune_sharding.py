@@ -32,8 +32,7 @@ def step(params, state):
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("jit_init", [False, True])
+@pytest.mark.parametrize(("kind", "jit_init"), [(AxisType.Auto, True), (AxisType.Explicit, False)])
 def test_eight_devices_as_one(kind: AxisType, jit_init: bool) -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     alone = parameters()
