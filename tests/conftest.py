@@ -1,14 +1,25 @@
 """Every test sees eight simulated CPU devices, so that sharding is tested wherever the tests run."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, installed to compile for a TPU, must not look for one
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling takes longer than running here
 
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """What a module leaves behind (compiled functions, above all) need not be searched for garbage ever after."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

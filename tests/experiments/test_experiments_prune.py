@@ -113,7 +113,7 @@ def checked(result: _results.Result, out: Path, rows: int) -> dict:
     return {row.name: row.ours for row in result.rows}
 
 
-@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("structured", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tickets(structured, tmp_path):
     config = dataclasses.replace(prune_tickets.SHORT, out=tmp_path, structured=structured, **LITTLE)
     rows = checked(prune_tickets.main(config), tmp_path, 2)
@@ -134,7 +134,8 @@ def test_units_by_every_score(tmp_path):
     assert rows.keys() == {"dense", *prune_curves.UNIT_SCORES}
 
 
-@pytest.mark.parametrize("table", ["criteria", pytest.param("signs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["criteria", "signs"])
 def test_masks_and_signs(table, tmp_path):
     config = prune_masks.Config(
         table=table, sparsities=(0.7,), out=tmp_path, seeds=1, epochs=10, batch_size=128, rate=0.1
