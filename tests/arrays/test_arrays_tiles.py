@@ -50,13 +50,21 @@ SPECS = {
 }
 
 
+QUICK = {
+    ("dense", "int8"),
+    ("dense", "int4 groups"),
+    ("dense", "rows"),
+    ("from heads", "int4"),
+    ("weight first", "int8"),
+}
+
+
 @pytest.mark.parametrize(
     ("case", "spec"),
     [
-        (case, spec)
+        pytest.param(case, spec, marks=() if (case, spec) in QUICK else pytest.mark.slow)
         for case in CASES
         for spec in SPECS
-        if case == "dense" or spec == "int8" or (case, spec) == ("from heads", "int4 groups")
     ],
 )
 def test_products(small_tiles, case: str, spec: str) -> None:

@@ -120,6 +120,7 @@ def descend(loss, params, steps):
     return params
 
 
+@pytest.mark.slow
 def test_review_fusion_has_the_teachers_shapes_and_early_stages_hear_of_deep_ones(rng):
     student, teacher = [(8, 8, 3), (4, 4, 5), (2, 2, 6)], [(8, 8, 4), (4, 4, 8), (1, 1, 8)]
     fusion = distill.review_fusion(student, teacher, channels=7)
@@ -136,6 +137,7 @@ def test_review_fusion_has_the_teachers_shapes_and_early_stages_hear_of_deep_one
     np.testing.assert_array_equal(reach, np.triu(np.ones((3, 3), bool)))  # stage i learns from stages j >= i
 
 
+@pytest.mark.slow
 def test_paraphraser_learns_to_reconstruct_and_translator_to_match(rng):
     teacher = rng.normal(size=(8, 4, 4, 1)).astype("float32") * np.ones(4, "float32")  # one factor in four channels
     student = np.concatenate([teacher[..., :1], rng.normal(size=(8, 4, 4, 1))], -1).astype("float32")

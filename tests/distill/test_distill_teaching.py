@@ -125,6 +125,7 @@ def test_one_teacher_on_few_examples_and_on_an_unlabelled_transfer_set():
     assert everything > accuracy(teacher()) - 0.03
 
 
+@pytest.mark.slow
 def test_munge_makes_a_transfer_set_of_a_few_rows():
     """Labelled by the teacher, 360 made-up rows beside the forty teach what the forty alone do not."""
     made = distill.munge(jax.random.key(0), X[FEW], rounds=9, swap_probability=0.3, local_variance=2.0)
@@ -145,11 +146,13 @@ def taught_by_one_of_the_crowd():
 
 
 @pytest.mark.parametrize("mean", ["probabilities", "logits", "log_probabilities"])
+@pytest.mark.slow
 def test_an_ensemble_teaches_better_than_its_members(mean):
     targets = distill.ensemble_targets(crowd(), mean=mean)
     assert accuracy(fit(2, targets=targets)) > taught_by_one_of_the_crowd() + 0.1
 
 
+@pytest.mark.slow
 def test_a_weighted_ensemble_can_leave_a_bad_member_out():
     """A sixth teacher that says the opposite, with weight 0: the targets, and so the student, of the five."""
     six = jnp.concatenate([crowd(), -5 * crowd()[:1]])
@@ -158,6 +161,7 @@ def test_a_weighted_ensemble_can_leave_a_bad_member_out():
     assert accuracy(fit(2, targets=distill.ensemble_targets(six))) < accuracy(fit(2, targets=without)) - 0.02
 
 
+@pytest.mark.slow
 def test_several_teachers_at_once_are_their_ensemble_in_training():
     """The same parameters as on the mean of probabilities, while the loss shows the teachers' own distance."""
 
@@ -173,6 +177,7 @@ def test_several_teachers_at_once_are_their_ensemble_in_training():
     assert metrics["loss"] > 1  # the teachers contradict each other, whoever follows them
 
 
+@pytest.mark.slow
 def test_hints_first_give_soft_targets_a_start():
     """FitNet's two stages in one schedule: after hints, twenty steps of soft targets go further than from scratch."""
     regressor = distill.dense_projector(32, 32)
@@ -206,6 +211,7 @@ def test_hints_first_give_soft_targets_a_start():
 HINT_STEPS = 100
 
 
+@pytest.mark.slow
 def test_a_chain_of_assistants_hands_the_knowledge_down():
     """Falling sizes: the last student has seen neither a label nor the first teacher, and still knows the digits."""
 
@@ -217,18 +223,21 @@ def test_a_chain_of_assistants_hands_the_knowledge_down():
     assert accuracy(student) > 0.88 and accuracy(teacher()) >= accuracy(student)
 
 
+@pytest.mark.slow
 def test_early_stopped_distillation_frees_the_student_of_a_bad_teacher():
     targets = soft(misled()[0])
     kept, stopped = (accuracy(fit(2, targets=targets, alpha=distill.early_stopped(0.9, stop))) for stop in (10**6, 40))
     assert stopped > kept + 0.2 and stopped > accuracy(fit(2)) - 0.01
 
 
+@pytest.mark.slow
 def test_early_stopped_teachers_teach_better():
     """Cho and Hariharan: the teacher that was stopped before it learned the noise."""
     late, early = (accuracy(fit(2, targets=soft(params))) for params in misled())
     assert early > late + 0.15
 
 
+@pytest.mark.slow
 def test_born_again_generations_and_their_ensemble():
     """Under noisy labels each of the later networks beats the first, and all together beat their mean."""
 
@@ -251,6 +260,7 @@ def half(x, seed):
     return images.reshape(-1, 64)
 
 
+@pytest.mark.slow
 def test_refined_labels_say_what_is_in_the_crop():
     """A student of what the teacher sees in each crop knows its doubts better than one of the whole image's label."""
     sees_halves = fit(6, x=half(IMAGES[400:800], 9), labels=LABELS[400:800])
@@ -280,6 +290,7 @@ def mutual(alternating):
     return loss_fn
 
 
+@pytest.mark.slow
 def test_mutual_learning_simultaneous_and_alternating():
     """Peers keep each other from learning wrong labels by heart. Without each other both forms are the same training:
     one that takes turns moves nobody out of turn."""
@@ -298,6 +309,7 @@ def test_mutual_learning_simultaneous_and_alternating():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[False, 0.0], results[True, 0.0])
 
 
+@pytest.mark.slow
 def test_alternating_leaves_the_others_alone():
     """With momentum and weight decay, on a dict of networks: three updates, each of one network, and all of them."""
     tx = distill.alternating(optax.adamw(0.1, weight_decay=0.1))
@@ -317,6 +329,7 @@ def test_alternating_leaves_the_others_alone():
         np.testing.assert_allclose(params[name]["w"], alone["w"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_average_of_its_own_past_teaches_the_student():
     """Under noisy labels the self-taught student is far better than the one left to the labels, or than its average."""
 
@@ -336,6 +349,7 @@ def test_an_average_of_its_own_past_teaches_the_student():
     assert found[0.0][1] > found[0.0][0]
 
 
+@pytest.mark.slow
 def test_schedules_follow_the_steps_own_count():
     """Read from `context.step` in one jitted step, they give what numbers handed in by the host give; also resumed."""
     weight, heat = distill.warmed_up(0.9, 20), distill.annealed_temperature(4.0, 1.0, 30)

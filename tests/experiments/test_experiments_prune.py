@@ -29,6 +29,7 @@ def units_masks(lab: Lab) -> tuple:
     return params, coupled(masks, LAYERS["convnet"])
 
 
+@pytest.mark.slow
 def test_coupled_masks_leave_the_network_without_the_units(lab):
     """Against a smaller network with the kept units' weights alone."""
     params, masks = units_masks(lab)
@@ -50,6 +51,7 @@ def test_coupled_masks_leave_the_network_without_the_units(lab):
     np.testing.assert_allclose(thin.apply({"params": small}, images), lab.apply(masked, images), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_trainer_is_a_plain_loop_and_holds_masks(lab):
     """Against a loop written out, with the optimizer's schedule as a number a step."""
     params, masks = units_masks(lab)
@@ -151,6 +153,7 @@ def test_masks_and_signs(table, tmp_path):
         assert rows["constant_keep_sign"]["untrained_70"] > 40 > rows["constant_random_sign"]["untrained_70"]
 
 
+@pytest.mark.slow
 def test_slimming(tmp_path):
     config = dataclasses.replace(prune_slimming.SHORT, out=tmp_path, seeds=1, epochs=10, strengths=(0.1,))
     rows = checked(prune_slimming.main(config), tmp_path, 3)

@@ -63,6 +63,7 @@ def test_codes(spec, by_energy, block, rng):
     assert error < 0.9 * jnp.linalg.norm(x @ w - x @ nearest.materialise())
 
 
+@pytest.mark.slow
 def test_networks_of_every_kind(rng):
     """Dense, convolution, stacked by scan: each closer to the float model than rounding to nearest, at 4 and 3 bits."""
     params = {

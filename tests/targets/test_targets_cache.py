@@ -154,6 +154,7 @@ def test_bfloat16_stays_within_its_bound(tmp_path, full, live):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_top_k_is_short_of_the_full_loss_by_the_tails_divergence(tmp_path, full, dtype):
     """With its tail: an identity for the value, a bound for the gradient, on every digit at both kept temperatures."""
     few = targets.build(

@@ -136,6 +136,7 @@ def worker(*directories):
     return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path})
 
 
+@pytest.mark.slow
 def test_a_save_cut_off_by_sigkill_is_ignored(tmp_path):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     process = worker(cut)
