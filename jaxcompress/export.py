@@ -9,7 +9,6 @@ promises to read a program for at least six months. Needs the package `flatbuffe
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 from jax import export
 
+from jaxcompress._files import replacing
 from jaxcompress.arrays import compressed
 
 
@@ -45,15 +45,8 @@ def save(
     """
     exported = export.export(jax.jit(lambda *inputs: compressed(fn)(params, *inputs)), platforms=platforms)(*inputs)
     data = exported.serialize()
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(data)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as file:
+        file.write(data)
     return len(data)
 
 

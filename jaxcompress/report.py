@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._files import replacing
 from jaxcompress.arrays import Quantized, Sparse, compressed, is_leaf, nbytes
 
 
@@ -142,10 +143,8 @@ def write_json(path: str | os.PathLike[str], rows: Sequence[Row], **context: Any
             if not math.isfinite(value):
                 raise ValueError(f"row {row.name!r}: {key} is {value}, which is no measurement")
     text = json.dumps({**context, "rows": {row.name: dict(row.figures) for row in rows}}, indent=2, allow_nan=False)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def figure(

@@ -11,22 +11,11 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._codebook import Codebook, look_up
 from jaxcompress.arrays._leaf import register
-from jaxcompress.arrays._products import Dims, compute_dtype, constrain_like, is_float, swap_free
+from jaxcompress.arrays._products import Dims, compute_dtype, constrain_like, is_float, register_product
 from jaxcompress.arrays._tiles import tiled, tiled_outputs
 
 
-@register(lax.dot_general_p)
-def _dot_input_weight(x: ArrayLike, w: Codebook, **params: Any) -> Any:
-    return _dot(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
-
-
-@register(lax.dot_general_p)
-def _dot_weight_input(w: Codebook, x: ArrayLike, **params: Any) -> Any:
-    x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
-    product = NotImplemented if params.get("out_sharding") is not None else _dot(x, w, dims, params)
-    return product if product is NotImplemented else swap_free(product, len(dims.x_batch), len(dims.x_free(x.ndim)))
-
-
+@register_product(Codebook)
 def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
     if not is_float(x):
         return NotImplemented

@@ -1,14 +1,19 @@
 """Index arithmetic of `dot_general` and `conv_general_dilated`, shared by the rules of every leaf."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import primitives
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
+
+from jaxcompress.arrays._leaf import Leaf, register
+
+Product = Callable[..., Any]
 
 
 class Dims(NamedTuple):
@@ -40,6 +45,30 @@ class Dims(NamedTuple):
     def w_free(self, ndim: int) -> tuple[int, ...]:
         """The weight's axes that stay."""
         return free_axes(ndim, self.w_contract, self.w_batch)
+
+
+def register_product(leaf: type[Leaf]) -> Callable[[Product], Product]:
+    """Registers `product(x, w, dims, params)`, the input on the left, as `leaf`'s `dot_general` rule in both orders.
+
+    `NotImplemented` from the product leaves it to the dense value.
+    """
+
+    def decorate(product: Product) -> Product:
+        @register(lax.dot_general_p)
+        def _input_weight(x: ArrayLike, w: leaf, **params: Any) -> Any:  # type: ignore[valid-type]
+            return product(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
+
+        @register(lax.dot_general_p)
+        def _weight_input(w: leaf, x: ArrayLike, **params: Any) -> Any:  # type: ignore[valid-type]
+            if params.get("out_sharding") is not None:
+                return NotImplemented
+            x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
+            out = product(x, w, dims, params)
+            return out if out is NotImplemented else swap_free(out, len(dims.x_batch), len(dims.x_free(x.ndim)))
+
+        return product
+
+    return decorate
 
 
 def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:
@@ -120,13 +149,14 @@ def constrain_like(child: Array, shape: Sequence[int], params: dict[str, Any]) -
     if not isinstance(sharding, NamedSharding):
         return child
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
-    sizes = [math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec]
+    sizes = [math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry)) for entry in spec]
     kept = [entry if size % n == 0 else None for entry, size, n in zip(spec, child.shape, sizes, strict=True)]
     sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
     return primitives.sharding_constraint_p.bind(child, **params | {"sharding": sharding})
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
     return (
         ()
         if entry is None or entry is PartitionSpec.UNCONSTRAINED

@@ -28,24 +28,13 @@ from jaxcompress.arrays._products import (
     constrain_like,
     is_float,
     quantize_input,
-    swap_free,
+    register_product,
 )
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import tiled, tiled_outputs
 
 
-@register(lax.dot_general_p)
-def _dot_input_weight(x: ArrayLike, w: Quantized, **params: Any) -> Array:
-    return _dot(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
-
-
-@register(lax.dot_general_p)
-def _dot_weight_input(w: Quantized, x: ArrayLike, **params: Any) -> Array:
-    x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
-    product = NotImplemented if params.get("out_sharding") is not None else _dot(x, w, dims, params)
-    return product if product is NotImplemented else swap_free(product, len(dims.x_batch), len(dims.x_free(x.ndim)))
-
-
+@register_product(Quantized)
 def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left, where the scale can be taken out of it."""
     if not is_float(x):
@@ -59,7 +48,7 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
         x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.scale), dims, x.ndim)
         floats = dataclasses.replace(w, activation_bits=None)
-        product = tiled(lambda x, w: _dot_columns(_dot_own_codes, x, w, dims, params), x, floats, dims)
+        product = tiled(lambda x, w: _dot_columns(_dot_codes, x, w, dims, params), x, floats, dims)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
             return NotImplemented
@@ -73,7 +62,7 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     """`_dot_codes` with the weight's own codes, decoded tile by tile where that is faster."""
 
     def product(x: Array, w: Quantized) -> Array:
-        return _dot_columns(_dot_own_codes, x, w, dims, params)
+        return _dot_columns(_dot_codes, x, w, dims, params)
 
     floats = dataclasses.replace(w, activation_bits=None)
     if w.activation_bits is None or w.zero_point is not None:
@@ -107,12 +96,9 @@ def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[
     return together.reshape(*together.shape[:-2], -1)  # the weight's last axis is the output's
 
 
-def _dot_own_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    return _dot_codes(x, w, w.centred, dims, params)
-
-
-def _dot_codes(x: Array, w: Quantized, codes: Any, dims: Dims, params: dict[str, Any]) -> Array:
-    """The unscaled product of `x` with the integers `codes(dtype)`; in integers where the weight asks for it."""
+def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:
+    """The unscaled product of `x` with the centred codes, or with `codes(dtype)`; in integers where the weight asks."""
+    codes = w.centred if codes is None else codes
     kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
     if w.activation_bits is None or w.zero_point is not None:
         x = _rounded_input(x, w, dims)
@@ -157,9 +143,9 @@ def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> A
     product = _dot_codes(
         _split(x, x_axis, groups, size),
         w,
-        lambda dtype: _split(w.centred(dtype), w_axis, groups, size),
         grouped,
         params,
+        lambda dtype: _split(w.centred(dtype), w_axis, groups, size),
     )
     return jnp.sum(product * laid, axis=len(dims.w_batch))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import register
-from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, swap_free
+from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, register_product
 from jaxcompress.arrays._sparse import Sparse, scan_tiles
 
 TILE = 1 << 18
@@ -28,18 +28,7 @@ def _columns(w: Sparse) -> int:
     return max(8, min(TILE // max(rows, 1), 8 * w.mask.shape[-1]) // 8 * 8)
 
 
-@register(lax.dot_general_p)
-def _dot_input_weight(x: ArrayLike, w: Sparse, **params: Any) -> Any:
-    return _dot(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
-
-
-@register(lax.dot_general_p)
-def _dot_weight_input(w: Sparse, x: ArrayLike, **params: Any) -> Any:
-    x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
-    product = _dot(x, w, dims, params)
-    return product if product is NotImplemented else swap_free(product, len(dims.x_batch), len(dims.x_free(x.ndim)))
-
-
+@register_product(Sparse)
 def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left."""
     last = w.order().index(w.ndim - 1)

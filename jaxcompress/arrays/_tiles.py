@@ -7,7 +7,7 @@ cache, multiplies, and adds up; a gradient decodes again instead of keeping the 
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Tileable(Protocol):
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one."""
 
-    def tile(self, axis: int, start: Array, size: int) -> "Tileable":
+    def tile(self, axis: int, start: Array, size: int) -> Self:
         """The part `start : start + size` along `axis`."""
 
 
@@ -122,7 +122,7 @@ def tiled_outputs(convolve: Callable[[W], Array], w: W, w_axis: int, out_axis: i
         return convolve(w)
 
     def loop() -> Array:
-        body = jax.checkpoint(lambda j: convolve(w.tile(w_axis, j * width, width)), prevent_cse=False)  # type: ignore[arg-type]
+        body = jax.checkpoint(lambda j: convolve(w.tile(w_axis, j * width, width)), prevent_cse=False)
         return _side_by_side(lax.map(body, jnp.arange(size // width)), out_axis)
 
     return lax.platform_dependent(cpu=loop, default=lambda: convolve(w))

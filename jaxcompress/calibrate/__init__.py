@@ -10,8 +10,18 @@ are the gradients of zeros that stand beside the weights during one call (`_obse
 the walk over a weight's inputs that SparseGPT and GPTQ share: settle one, let the later ones make up for the error.
 """
 
-from jaxcompress.calibrate._compensate import compensated, inverse_factor
+from jaxcompress.calibrate._compensate import check_compensation, check_settled, compensated, inverse_factor
 from jaxcompress.calibrate._layout import Layout
-from jaxcompress.calibrate._statistics import InputObserver, InputStatistics, input_statistics
+from jaxcompress.calibrate._statistics import InputObserver, InputStatistics, input_statistics, observer_for
 
-__all__ = ["InputObserver", "InputStatistics", "Layout", "compensated", "input_statistics", "inverse_factor"]
+__all__ = [
+    "InputObserver",
+    "InputStatistics",
+    "Layout",
+    "check_compensation",
+    "check_settled",
+    "compensated",
+    "input_statistics",
+    "inverse_factor",
+    "observer_for",
+]

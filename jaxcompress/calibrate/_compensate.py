@@ -44,6 +44,21 @@ def inverse_factor(
     return jax.scipy.linalg.solve_triangular(upper, identity, lower=False) / jnp.sqrt(mean), dead
 
 
+def check_compensation(damping: float, block_size: int) -> None:
+    """Raises ValueError for numbers that `inverse_factor` and `compensated` can't work with."""
+    if not 0 < damping < jnp.inf or block_size < 1:
+        raise ValueError(f"damping must be positive and block_size at least 1, got {damping} and {block_size}")
+
+
+def check_settled(name: str, settled: Array, damping: float) -> None:
+    """Raises ValueError, naming the weight, if its concrete settled values show that the damping was too small."""
+    if not bool(jnp.all(jnp.isfinite(settled))):
+        raise ValueError(
+            f"the Gram matrix of the inputs of {name!r} is not positive definite in float32 with "
+            f"damping={damping}: raise the damping, or calibrate on more batches"
+        )
+
+
 def compensated(
     weight: Float[Array, "inputs outputs"],
     factor: Float[Array, "inputs inputs"],

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +129,7 @@ class InputObserver:
     def _zeros(self, layout: Layout) -> tuple[Array, Array]:
         problems, inputs, _ = layout.matrix_shape
         stacked = layout.stacked
-        own = problems // max(1, _product(stacked))
+        own = problems // max(1, math.prod(stacked))
         return jnp.zeros((*stacked, own, *[inputs] * (1 + self.gram))), jnp.zeros(stacked)
 
     def _accumulate(self, totals: Any, params: Any, batch: Any, wanted: Any) -> Any:
@@ -146,6 +148,28 @@ class InputObserver:
                 "bounds are not known): measure the function that the loop repeats, or use scan"
             ) from error
         return jax.tree.map(jnp.add, totals, seen)
+
+
+def observer_for(
+    fn: Callable[[Any, Any], Any] | InputObserver, params: Any, batches: Iterable[Any], names: list[str], *, gram: bool
+) -> tuple[InputObserver, Iterable[Any]]:
+    """What measures the weights of these paths (`fn` itself, if it is an observer), and all batches.
+
+    Raises:
+      ValueError: the observer does not measure them, or there are no batches; and as `InputObserver`.
+    """
+    if isinstance(fn, InputObserver):
+        missing = [name for name in names if name not in fn.layouts]
+        if missing:
+            raise ValueError(f"the observer does not measure {missing}: make one that does")
+        if gram and not fn.gram:
+            raise ValueError(
+                "the observer does not measure Gram matrices, but squares only (gram=False): make one that does"
+            )
+        return fn, batches
+    first, rest = _peeked(batches)
+    observer = InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in names}, gram=gram)
+    return observer, rest if iter(batches) is batches else batches
 
 
 def _viewed(params: Any, views: dict[str, tuple[Any, ...]], token: int) -> Any:
@@ -212,10 +236,3 @@ def _peeked(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     for first in rest:
         return first, itertools.chain([first], rest)
     raise ValueError("there are no batches to measure inputs on: `batches` is empty")
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for n in sizes:
-        result *= n
-    return result

@@ -13,17 +13,15 @@ smaller: of a small model's file plain JSON would be a third, in a large model's
 output is at most 1032 times its input, so a forged header can't ask for much more memory than the file takes.)
 """
 
-import contextlib
 import json
 import os
-import secrets
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxcompress._files import replacing
 from jaxcompress.pack import _arrays, _tree
 from jaxcompress.pack._error import PackError
 
@@ -68,7 +66,7 @@ def save(path: Path, tree: Any, metadata: Any = None) -> int:
     if len(header) - len(deflated) > 0.01 * (len(header) + sum(map(len, sections))):
         header = deflated
     sizes = _SIZES.pack(VERSION, len(header))
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(MAGIC + sizes + _CHECKSUM.pack(zlib.crc32(sizes + header)) + header)
         for section in sections:
             file.write(section)
@@ -169,26 +167,3 @@ def _checked(metadata: Any) -> Any:
     if not same:
         raise TypeError("metadata would come back changed: use lists for tuples, strings for keys")
     return metadata
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place when the block is done, and is gone if the block fails."""
-    target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
-    with open(temporary, "xb") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    if os.name == "posix":  # the new name, too, must be on the disk
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

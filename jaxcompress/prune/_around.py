@@ -8,7 +8,7 @@ import optax
 from optax._src import base
 
 from jaxcompress import paths
-from jaxcompress.prune._masks import map_masked, masks
+from jaxcompress.prune._masks import apply_masks, masks
 
 
 class AroundState(NamedTuple):
@@ -53,20 +53,15 @@ def around(
         if params is None:
             raise ValueError(base.NO_PARAMS_MSG)
         before = masks(state.pruning)
-        seen = _only(updates, before) if mask_gradients else updates
+        seen = apply_masks(updates, state.pruning) if mask_gradients else updates
         new, inner_state = inner.update(seen, state.inner, params, **extra_args)
-        new = _only(new, before) if mask_gradients else new
+        new = apply_masks(new, state.pruning) if mask_gradients else new
         new, pruning_state = pruning.update(new, state.pruning, params, gradients=updates, **extra_args)
         after = masks(pruning_state)
         returned = {name: after[name] & ~mask for name, mask in before.items()}
         return new, AroundState(_cleared(inner_state, returned), pruning_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _only(tree: Any, kept: dict[str, jax.Array]) -> Any:
-    """`tree` with zeros where weights are not kept."""
-    return map_masked(lambda x, mask: jnp.where(mask, x, jnp.zeros_like(x)), tree, kept)
 
 
 def _cleared(state: Any, where: dict[str, jax.Array]) -> Any:

@@ -14,7 +14,7 @@ from jaxcompress.prune._plan import flatten, masks_of, plan_for
 from jaxcompress.prune._renew import scheduled_masks
 from jaxcompress.prune._schedules import one_shot
 from jaxcompress.prune._sparsify import held
-from jaxcompress.prune._stored import all_kept, stored
+from jaxcompress.prune._stored import stored_beside
 
 _ONCE = one_shot(0)
 
@@ -83,7 +83,7 @@ def fixed(masks: Any, *, packed: bool = True) -> optax.GradientTransformationExt
         for name, x in named:
             if name in given and given[name].shape != x.shape:
                 raise ValueError(f"the mask of {name!r} has shape {given[name].shape}, but the parameter has {x.shape}")
-        own = [kept_as(all_kept(x, packed), given[name]) if name in given else None for name, x in named]
+        own = [stored_beside(x, given[name], packed) if name in given else None for name, x in named]
         return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(own))
 
     def update_fn(
@@ -99,8 +99,3 @@ def fixed(masks: Any, *, packed: bool = True) -> optax.GradientTransformationExt
         return treedef.unflatten(new), SparsifyState(optax.safe_increment(state.step), state.masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def kept_as(like: jax.Array, mask: jax.Array) -> jax.Array:
-    """A boolean mask, stored and sharded as `like`, which keeps everything."""
-    return like & stored(jnp.asarray(mask), like)

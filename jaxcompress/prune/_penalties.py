@@ -20,6 +20,7 @@ from optax._src import base  # its message for a missing `params`, as every tran
 
 from jaxcompress import paths
 from jaxcompress.prune._patterns import Blocks
+from jaxcompress.prune._plan import flatten
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class GroupLasso:
         return jnp.sum(shares)  # each of a group's weights has its share of the group's norm
 
     def _axes(self) -> tuple[int, ...]:
-        return self.groups if isinstance(self.groups, tuple) else (self.groups,)  # type: ignore[return-value]
+        assert not isinstance(self.groups, Blocks)
+        return self.groups if isinstance(self.groups, tuple) else (self.groups,)
 
     def _summed(self, x: jax.Array) -> jax.Array:
         if isinstance(self.groups, Blocks):
@@ -149,7 +151,7 @@ def penalize(rules: paths.Rules[Penalty | None]) -> optax.GradientTransformation
         del extra_args
         if params is None:
             raise ValueError(base.NO_PARAMS_MSG)
-        leaves, treedef = _flatten(params)
+        leaves, treedef = flatten(params)
         new = [
             u if term is None else u + _subgradient(term, x).astype(u.dtype)
             for term, x, u in zip(_planned(rules, params), leaves, treedef.flatten_up_to(updates), strict=True)
@@ -194,7 +196,7 @@ def proximal(
         del extra_args
         if params is None:
             raise ValueError(base.NO_PARAMS_MSG)
-        leaves, treedef = _flatten(params)
+        leaves, treedef = flatten(params)
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         new = [
             u if term is None else _proximal(term, x, u, rate)
@@ -236,11 +238,6 @@ def _planned(rules: paths.Rules[Penalty | None], params: Any) -> list[Penalty | 
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
     return terms
-
-
-def _flatten(tree: Any) -> tuple[list[jax.Array], Any]:
-    leaves, treedef = jax.tree.flatten(tree)
-    return leaves, treedef
 
 
 def _check_strength(strength: float) -> None:

@@ -1,9 +1,7 @@
 """One-shot pruning of a trained model from calibration batches: SparseGPT, and Wanda. No training, no gradients."""
 
 import functools
-import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +11,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxcompress import paths
-from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, compensated, inverse_factor
+from jaxcompress.calibrate import (
+    InputObserver,
+    InputStatistics,
+    Layout,
+    check_compensation,
+    check_settled,
+    compensated,
+    inverse_factor,
+    observer_for,
+)
 from jaxcompress.prune._patterns import NM, Pattern, Unstructured
 from jaxcompress.prune._plan import plan_for
 from jaxcompress.prune._ranking import Ranking, lowest
@@ -78,8 +85,7 @@ def sparsegpt(
         are not finite; a weight whose inputs can't be measured; a Gram matrix that needs more damping; an order that is
         not of the chosen weights, or batches that can be read only once, with `sequential`.
     """
-    if not 0 < damping < jnp.inf or block_size < 1:
-        raise ValueError(f"damping must be positive and block_size at least 1, got {damping} and {block_size}")
+    check_compensation(damping, block_size)
 
     def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
         layout = statistics.layout
@@ -92,11 +98,7 @@ def sparsegpt(
         new, kept = _sparsegpt(
             weight, statistics.gram, damping, budgets, layout=layout, nm=nm, group=group, block=block_size
         )
-        if not bool(jnp.all(jnp.isfinite(new))):
-            raise ValueError(
-                f"the Gram matrix of the inputs of {name!r} is not positive definite in float32 with "
-                f"damping={damping}: raise the damping, or calibrate on more batches"
-            )
+        check_settled(name, new, damping)
         return new, kept
 
     return _pruned(fn, params, batches, rules, prune_one, sequential, allow_empty, gram=True)
@@ -162,7 +164,7 @@ def _pruned(
     for name in patterns:
         if not bool(jnp.all(jnp.isfinite(leaves[name]))):
             raise ValueError(f"the weights {name!r} are not finite (NaN or infinite): nothing is pruned")
-    observer, batches = _observer(fn, params, batches, list(patterns), gram)
+    observer, batches = observer_for(fn, params, batches, list(patterns), gram=gram)
     order = [name for name in observer.layouts if name in patterns]
     for name in order:
         _check(name, observer.layouts[name], patterns[name], last_only=gram)
@@ -174,24 +176,6 @@ def _pruned(
         for name in names:
             leaves[name], masks[name] = prune_one(name, leaves[name], statistics.pop(name), patterns[name])
     return Pruned(_like(params, leaves.values()), _like(params, [masks.get(name) for name in leaves]))
-
-
-def _observer(
-    fn: Callable[[Any, Any], Any] | InputObserver, params: Any, batches: Iterable[Any], names: list[str], gram: bool
-) -> tuple[InputObserver, Iterable[Any]]:
-    """What measures these weights, and all batches."""
-    if isinstance(fn, InputObserver):
-        missing = [name for name in names if name not in fn.layouts]
-        if missing or (gram and not fn.gram):
-            lacks = f"does not measure {missing}" if missing else "measures squares only (gram=False)"
-            raise ValueError(f"the observer {lacks}: make one that does")
-        return fn, batches
-    rest = iter(batches)
-    first = next(rest, None)
-    if first is None:
-        raise ValueError("there are no batches to calibrate on: `batches` is empty")
-    batches = itertools.chain([first], rest) if rest is batches else batches
-    return InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in names}, gram=gram), batches
 
 
 def _like(tree: Any, leaves: Iterable[Any]) -> Any:

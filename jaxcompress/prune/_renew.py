@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ def scheduled_masks(  # jitted, so that an eager loop compiles it once
 
         def settle(i: int, pruned: jax.Array) -> None:
             if not allow_empty and (isinstance(layers[i].pattern, Below) or layers[i].scope is not None):
-                pruned = spare_best(pruned, scores(i))
+                pruned = spare_best(pruned, lambda: scores(i))
             fresh[i] = stored(layers[i].pattern.keep(pruned, weights[i].shape), masks[i])
 
         for i, layer in enumerate(layers):
@@ -65,10 +65,11 @@ def scheduled_masks(  # jitted, so that an eager loop compiles it once
     return lax.cond(schedule.due(step), renew, lambda: masks) if layers else []
 
 
-def spare_best(pruned: jax.Array, scores: jax.Array) -> jax.Array:
+def spare_best(pruned: jax.Array, scored: Callable[[], jax.Array]) -> jax.Array:
     """`pruned`, but for the first of the highest scores if otherwise nothing were left."""
 
-    def spared() -> jax.Array:
+    def spared() -> jax.Array:  # scores are worked out here: they are hardly ever needed
+        scores = scored()
         strides = [math.prod(scores.shape[axis + 1 :]) for axis in range(scores.ndim)]
         lines = [lax.broadcasted_iota(jnp.uint32, scores.shape, axis) for axis in range(scores.ndim)]
         index = sum(

@@ -10,7 +10,7 @@ from jax import lax
 from optax._src import base
 
 from jaxcompress import paths
-from jaxcompress.prune._fixed import choose, kept_as
+from jaxcompress.prune._fixed import choose
 from jaxcompress.prune._masks import SparsifyState
 from jaxcompress.prune._patterns import NM, Below, Pattern
 from jaxcompress.prune._plan import Layer, flatten, masks_of, plan_for
@@ -19,7 +19,7 @@ from jaxcompress.prune._renew import scaled
 from jaxcompress.prune._schedules import one_shot
 from jaxcompress.prune._scores import Score, magnitude, random
 from jaxcompress.prune._sparsify import held, needed
-from jaxcompress.prune._stored import all_kept, booleans, stored
+from jaxcompress.prune._stored import booleans, stored, stored_beside
 
 Growth = Callable[[jax.Array, jax.Array], jax.Array]
 """Of a key and a weight's gradient, how much each of its entries is wanted: the highest come back."""
@@ -98,7 +98,7 @@ def rewire(
         chosen = choose(random(params, key), rules)
         leaves, treedef = flatten(params)
         kept = [
-            None if mask is None else kept_as(all_kept(x, packed), mask)
+            None if mask is None else stored_beside(x, mask, packed)
             for x, mask in zip(leaves, treedef.flatten_up_to(chosen), strict=True)
         ]
         return RewireState(SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(kept)), key)

@@ -72,10 +72,11 @@ def sparsify(
         plan = plan_for(rules, params, schedule, allow_empty)
         check_finite({layer.name: x for layer, x in zip(plan, leaves, strict=True) if layer})
         masks = [all_kept(x, packed) if layer else None for layer, x in zip(plan, leaves, strict=True)]
-        statistics = [_start(x) if layer else None for layer, x in zip(plan, leaves, strict=True)]
-        return SparsifyState(
-            jnp.zeros((), jnp.int32), treedef.unflatten(masks), treedef.unflatten(statistics) if accumulated else None
-        )
+        statistics = None
+        if accumulated:
+            starts = [_start(x) if layer else None for layer, x in zip(plan, leaves, strict=True)]
+            statistics = treedef.unflatten(starts)
+        return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(masks), statistics)
 
     def update_fn(
         updates: Any, state: SparsifyState, params: Any = None, *, gradients: Any = None, **extra_args: Any

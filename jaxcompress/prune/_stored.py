@@ -12,12 +12,19 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
+from jaxcompress.arrays._products import mesh_axes
 
 
 def all_kept(weight: jax.Array, packed: bool) -> jax.Array:
     """A stored mask that keeps every weight, made of `weight` so that it is sharded like it, also under jit."""
     kept = ~(jnp.isnan(weight) & jnp.isinf(weight))
     return pack_bits(kept) if packed and _packs(weight) else kept
+
+
+def stored_beside(weight: jax.Array, mask: jax.Array, packed: bool) -> jax.Array:
+    """A boolean mask, stored as `all_kept` of its weight is, and sharded so."""
+    like = all_kept(weight, packed)
+    return like & stored(jnp.asarray(mask), like)
 
 
 def stored(mask: jax.Array, like: jax.Array) -> jax.Array:
@@ -41,8 +48,7 @@ def _packs(weight: jax.Array) -> bool:
         return False
     known = jax.typeof(weight) if isinstance(weight, Tracer) else weight  # of a tracer: on an explicit mesh
     sharding = getattr(known, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < weight.ndim or sharding.spec[-1] is None:
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < weight.ndim:
         return True
-    names = sharding.spec[-1] if isinstance(sharding.spec[-1], tuple) else (sharding.spec[-1],)
-    shards = math.prod(sharding.mesh.shape[name] for name in names)
+    shards = math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding.spec[-1]))
     return weight.shape[-1] % (8 * shards) == 0

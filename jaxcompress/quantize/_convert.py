@@ -28,13 +28,14 @@ def convert(params: Any, rules: Rules[Scheme | None]) -> Any:
     leaves = named_leaves(params, is_leaf)
     schemes = match(rules, [name for name, _ in leaves], default=None)
     converted = [
-        leaf if scheme is None else _named(name, leaf, scheme)
+        leaf if scheme is None else converted_leaf(name, leaf, scheme)
         for (name, leaf), scheme in zip(leaves, schemes, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), converted)
 
 
-def _named(name: str, weight: Array, scheme: Scheme) -> Leaf:
+def converted_leaf(name: str, weight: Array, scheme: Scheme) -> Leaf:
+    """The weight as its scheme has it; what it raises names the weight."""
     try:
         if is_leaf(weight):
             raise TypeError(f"it is a {type(weight).__name__} already; convert float weights")

@@ -1,7 +1,6 @@
 """GPTQ: rounding a trained model's weights to their grid so that what each layer gives changes little."""
 
 import functools
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,9 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import Quantized, is_leaf
-from jaxcompress.calibrate import InputObserver, Layout, compensated, input_statistics, inverse_factor
+from jaxcompress.calibrate import (
+    InputObserver,
+    Layout,
+    check_compensation,
+    check_settled,
+    compensated,
+    inverse_factor,
+    observer_for,
+)
 from jaxcompress.paths import Rules, match, named_leaves
-from jaxcompress.quantize._affine import Affine, _grid, _spread, quantize
+from jaxcompress.quantize._affine import Affine, _grid, _spread
+from jaxcompress.quantize._convert import converted_leaf
 
 
 def gptq(
@@ -53,57 +61,42 @@ def gptq(
       ValueError, TypeError: as `convert`; and for inputs that can't be measured or are not finite, or a Gram matrix
         that needs more damping. Nothing is converted then.
     """
-    if not 0 < damping < jnp.inf or block_size < 1:
-        raise ValueError(f"damping must be positive and block_size at least 1, got {damping} and {block_size}")
+    check_compensation(damping, block_size)
     leaves = named_leaves(params, is_leaf)
     specs = dict(zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True))
-    chosen = [name for name, spec in specs.items() if spec is not None]
-    for name, x in leaves:
-        if name in chosen:
-            _checked(name, x, specs[name])
-    if isinstance(fn, InputObserver):
-        missing = [name for name in chosen if name not in fn.layouts]
-        if missing or not fn.gram:
-            raise ValueError(f"the observer does not measure Gram matrices of {missing or chosen}: make one that does")
-        statistics = fn.measure(params, batches, chosen if len(chosen) < len(fn.layouts) else None)
-    else:
-        statistics = input_statistics(fn, params, batches, {f"^{re.escape(name)}$": True for name in chosen})
+    # their scales, zero points and forms are those of the result
+    nearest = {name: _nearest(name, x, specs[name]) for name, x in leaves if specs[name] is not None}
+    observer, batches = observer_for(fn, params, batches, list(nearest), gram=True)
+    statistics = observer.measure(params, batches, list(nearest) if len(nearest) < len(observer.layouts) else None)
 
     def converted(name: str, weight: Any) -> Any:
-        spec = specs[name]
-        if spec is None:
+        if name not in nearest:
             return weight
-        seen = statistics[name]
-        nearest = quantize(weight, spec)  # its scales, zero points and form are those of the result
-        codes = _gptq(weight, seen.gram, damping, layout=seen.layout, spec=spec, block=block_size, by_energy=by_energy)
-        if not bool(jnp.all(jnp.isfinite(codes))):
-            raise ValueError(
-                f"the Gram matrix of the inputs of {name!r} is not positive definite in float32 with "
-                f"damping={damping}: raise the damping, or calibrate on more batches"
-            )
+        seen, grid = statistics[name], nearest[name]
+        codes = _gptq(
+            weight, seen.gram, damping, layout=seen.layout, spec=specs[name], block=block_size, by_energy=by_energy
+        )
+        check_settled(name, codes, damping)
         return Quantized.from_codes(
             codes,
-            nearest.scale,
-            nearest.zero_point,
-            bits=nearest.bits,
+            grid.scale,
+            grid.zero_point,
+            bits=grid.bits,
             dtype=weight.dtype,
-            group=nearest.group,
-            activation_bits=nearest.activation_bits,
+            group=grid.group,
+            activation_bits=grid.activation_bits,
         )
 
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [converted(name, x) for name, x in leaves])
 
 
-def _checked(name: str, weight: Any, spec: Affine | None) -> None:
-    """Raises, naming the weight, what `quantize` would."""
+def _nearest(name: str, weight: Any, spec: Any) -> Quantized:
+    """The weight as `convert` rounds it; raises, naming the weight, what that would."""
     if not isinstance(spec, Affine):
         raise TypeError(f"{name!r}: gptq rounds to an Affine grid, got the rule {spec!r}")
-    try:
-        if is_leaf(weight):
-            raise TypeError(f"it is a {type(weight).__name__} already; quantize float weights")
-        quantize(weight, spec)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"cannot quantize {name!r}: {error}") from error
+    leaf = converted_leaf(name, weight, spec)
+    assert isinstance(leaf, Quantized)
+    return leaf
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "spec", "block", "by_energy"))

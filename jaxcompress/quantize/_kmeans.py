@@ -127,13 +127,14 @@ def optimal(bins: Bins, k: int) -> Float[np.ndarray, " k"]:
 
 def _middles(n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The numbers below `n` in rounds: each with its nearest smaller and larger number of earlier rounds (-1, n)."""
-    rounds, spans = [], [(0, n)]
+    rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    spans = [(0, n)]
     while spans:
         middles = [(a + b) // 2 for a, b in spans]
-        rounds.append(tuple(np.array(x) for x in (middles, [a - 1 for a, _ in spans], [b for _, b in spans])))
+        rounds.append((np.array(middles), np.array([a - 1 for a, _ in spans]), np.array([b for _, b in spans])))
         halves = [((a, m), (m + 1, b)) for (a, b), m in zip(spans, middles, strict=True)]
         spans = [span for pair in halves for span in pair if span[0] < span[1]]
-    return rounds  # type: ignore[return-value]
+    return rounds
 
 
 def assigned(
