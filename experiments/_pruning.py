@@ -133,6 +133,18 @@ class Lab:
         losses = optax.softmax_cross_entropy_with_integer_labels(self.apply(params, images), labels)
         return jnp.mean(losses), extras
 
+    def normalised_loss(
+        self, params: Params, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any
+    ) -> Any:
+        """Mean cross entropy in training mode, as a `Loss` whose extras are the batch statistics."""
+        logits, new = self.model.apply({"params": params, **extras}, images, train=True, mutable=["batch_stats"])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), dict(new)
+
+    def begin(self, seed: int) -> tuple[Params, Any]:
+        """Initial parameters and batch statistics of a model that has these."""
+        variables = self.model.init(jax.random.key(seed), self.images[:1])
+        return variables["params"], {"batch_stats": variables["batch_stats"]}
+
     def accuracy(self, params: Params, on: tuple[jax.Array, jax.Array] | None = None, extras: Any = None) -> float:
         """Per cent classified rightly, of the validation split if nothing else is given."""
         images, labels = self.validation if on is None else on

@@ -75,16 +75,6 @@ def proximal(rules: Any) -> Callable[[Any], optax.GradientTransformation]:
     return tx_for
 
 
-def loss_of(lab: Lab) -> Callable[..., Any]:
-    """Mean cross entropy in training mode; the extras are the batch statistics."""
-
-    def loss(params: Any, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
-        logits, new = lab.model.apply({"params": params, **extras}, images, train=True, mutable=["batch_stats"])
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), dict(new)
-
-    return loss
-
-
 def cut(params: Any, fraction: float) -> Any:
     """Masks without the channels of the least scales in the whole network; every layer keeps one."""
     scales = jax.tree.map(jnp.abs, params)
@@ -99,8 +89,7 @@ def cut(params: Any, fraction: float) -> Any:
 
 def figures_of(name: str, lab: Lab, config: Config, trainer: Trainer, tuner: Trainer, seed: int) -> dict[str, float]:
     """One network of an arm: trained, cut at each fraction, fine-tuned."""
-    variables = lab.model.init(jax.random.key(seed), lab.images[:1])
-    first, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+    first, stats = lab.begin(seed)
     params, stats = trainer(first, {"rate": jnp.float32(config.rate)}, seed=seed, epochs=config.epochs, extras=stats)
     scales = jnp.concatenate([params[f"BatchNorm_{i}"]["scale"] for i in (0, 1)])
     figures = {
@@ -130,9 +119,9 @@ def main(config: Config) -> _results.Result:
     """Runs every arm and seed, and writes the result and the figure."""
     classes = load(config.data, config.data_dir).classes
     lab = Lab(config, Strided(config.widths, classes=classes, normalise=True))
-    tuner, by_row = lab.trainer(held, loss_of(lab)), dict[str, dict[int, dict[str, float]]]()
+    tuner, by_row = lab.trainer(held, lab.normalised_loss), dict[str, dict[int, dict[str, float]]]()
     for name, tx_for in arms(config).items():
-        trainer = lab.trainer(tx_for, loss_of(lab))
+        trainer = lab.trainer(tx_for, lab.normalised_loss)
         for seed in range(config.seeds):
             by_row.setdefault(name, {})[seed] = figures_of(name, lab, config, trainer, tuner, seed)
         print(f"{name}: done", flush=True)
