@@ -1,0 +1,73 @@
+"""The BERT encoder, of any size: Devlin et al., "BERT: pre-training of deep bidirectional transformers", 2019."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Size(NamedTuple):
+    """What makes BERT-base or TinyBERT."""
+
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    intermediate: int = 3072
+    vocabulary: int = 30522
+    positions: int = 512
+
+
+BASE = Size()
+TINY = Size(layers=4, hidden=312, intermediate=1200)
+"""TinyBERT's student: Jiao et al., "TinyBERT: distilling BERT for natural language understanding", 2020, section 4."""
+
+
+class Outputs(NamedTuple):
+    """What TinyBERT compares: embeddings and each layer's result `[batch, tokens, hidden]`, first to last, attention
+    scores before the softmax `[batch, heads, tokens, tokens]` of each layer, and the pooled first token."""
+
+    hidden: tuple[jax.Array, ...]
+    attention: tuple[jax.Array, ...]
+    pooled: jax.Array
+
+
+class Layer(nn.Module):
+    """Self-attention and a feed-forward part, each with a shortcut and a layer normalisation behind."""
+
+    size: Size
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The layer's result, and its attention scores; `mask` `[batch, tokens]` is True on tokens."""
+        size, heads = self.size, self.size.heads
+        split = (*x.shape[:2], heads, size.hidden // heads)
+        q, k, v = (nn.Dense(size.hidden, name=name)(x).reshape(split) for name in ("query", "key", "value"))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9))
+        seen = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        x = nn.LayerNorm(epsilon=1e-12, name="norm_1")(x + nn.Dense(size.hidden, name="out")(seen))
+        wide = nn.gelu(nn.Dense(size.intermediate, name="wide")(x), approximate=False)
+        return nn.LayerNorm(epsilon=1e-12, name="norm_2")(x + nn.Dense(size.hidden, name="narrow")(wide)), scores
+
+
+class Bert(nn.Module):
+    """Embeddings, layers, and the pooled first token."""
+
+    size: Size = BASE
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> Outputs:
+        """`tokens` and `mask` `[batch, tokens]`; all of segment 0."""
+        size = self.size
+        x = nn.Embed(size.vocabulary, size.hidden, name="words")(tokens)
+        x += nn.Embed(size.positions, size.hidden, name="places")(jnp.arange(tokens.shape[1]))
+        x += nn.Embed(2, size.hidden, name="segments")(jnp.zeros_like(tokens))
+        x = nn.LayerNorm(epsilon=1e-12, name="norm")(x)
+        hidden, attention = [x], []
+        for i in range(size.layers):
+            x, scores = Layer(size, name=f"layer_{i}")(x, mask)
+            hidden.append(x)
+            attention.append(scores)
+        pooled = nn.tanh(nn.Dense(size.hidden, name="pool")(x[:, 0]))
+        return Outputs(tuple(hidden), tuple(attention), pooled)

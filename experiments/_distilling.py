@@ -1,0 +1,357 @@
+"""What the distillation experiments share: data on the device, trainings whose knobs are arguments, rows and figures.
+
+A `Learner` is one jitted step of `jaxcompress.train` around a loss. What differs from arm to arm (a teacher's outputs,
+a temperature, a weight) stands in its arguments, so that one compiled program serves every arm and seed. Where the
+training images are shown as they are, a teacher's logits are computed once, as rows of a table, and gathered.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import _results
+from experiments._pruning import command, curves
+from experiments._results import Row
+from experiments.data import Dataset, load
+from jaxcompress import distill, train
+
+__all__ = [
+    "Config",
+    "Learner",
+    "Lesson",
+    "Loss",
+    "Mlp",
+    "Room",
+    "accuracy",
+    "bars",
+    "command",
+    "curves",
+    "gathered",
+    "guided",
+    "hard",
+    "jittered",
+    "logits_loss",
+    "parameters",
+    "written",
+]
+Variables = Mapping[str, Any]
+PARAMS = "params"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every distillation experiment is told."""
+
+    data: str = "digits"
+    """The data set: digits, or mnist or cifar10 (with --data-dir)."""
+    data_dir: Path | None = None
+    """Where the data set's files are."""
+    out: Path = Path("experiments/results")
+    """Where the result file and the figure go."""
+    log: Path | None = None
+    """Where each training's metrics go, as JSON lines; nowhere by default."""
+    seeds: int = 3
+    examples: int = 10_000
+    """At most so many training images: the first of the split, which is mixed."""
+    batch_size: int = 100
+    epochs: int = 20
+    """Of each training."""
+    rate: float = 1e-3
+    """The largest learning rate of Adam, which falls to zero along a cosine."""
+
+
+class Lesson(NamedTuple):
+    """What a loss may look at beside the network: the batch, what a teacher said of it, and the arm's knobs."""
+
+    images: jax.Array
+    """`[batch, height, width, channels]`"""
+    labels: jax.Array
+    """`[batch]`"""
+    rows: Any
+    """The batch's rows of the tables that were handed in, such as a teacher's logits `[batch, classes]`."""
+    knobs: Any
+    """Handed in as they are: a temperature, a weight, a teacher's variables."""
+    key: jax.Array
+    step: jax.Array
+    index: jax.Array
+    """`[batch]`: the images' places in the training data."""
+    extras: Any = None
+    """What goes from step to step, where a loss hands its lesson on."""
+
+
+Loss = Callable[[Any, Any, Lesson], tuple[jax.Array, Any]]
+"""`(params, extras, lesson) -> (loss, extras)`: a scalar, and batch statistics or what else goes along."""
+
+
+class Mlp(nn.Module):
+    """A network of dense layers with ReLU.
+
+    Attributes:
+      widths: units of each hidden layer.
+      classes: outputs.
+      dropout: the rate behind each hidden layer, in training.
+    """
+
+    widths: tuple[int, ...]
+    classes: int = 10
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits `[batch, classes]` of images `[batch, height, width, channels]`."""
+        x = images.reshape(images.shape[0], -1)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes)(x)
+
+
+class Room:
+    """A data set on the device, and what is measured on it."""
+
+    def __init__(self, config: Config) -> None:
+        if config.seeds < 1 or config.epochs < 1:
+            raise ValueError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
+        self.config = config
+        self.dataset: Dataset = load(config.data, config.data_dir)
+        self.images, self.labels = (
+            jnp.asarray(self.dataset.train.inputs()[: config.examples]),
+            jnp.asarray(self.dataset.train.labels)[: config.examples],
+        )
+        validation = self.dataset.validation
+        self.validation = (jnp.asarray(validation.inputs()), jnp.asarray(validation.labels))
+        self.batch = min(config.batch_size, len(self.labels))
+        self.steps = len(self.labels) // self.batch  # an epoch
+        self._test: tuple[jax.Array, jax.Array] | None = None
+        self._forward: dict[nn.Module, Any] = {}
+
+    def init(self, model: nn.Module, seed: int) -> dict[str, Any]:
+        """Fresh variables."""
+        return dict(model.init(jax.random.key(seed), self.images[:1]))
+
+    def logits(self, model: nn.Module, variables: Variables, images: jax.Array | None = None) -> jax.Array:
+        """Logits `[examples, classes]` in evaluation mode, of the training images if no others are given."""
+        images = self.images if images is None else images
+        run = self._forward.setdefault(model, jax.jit(lambda v, x: model.apply(v, x)))
+        return jnp.concatenate([run(variables, images[i : i + 1000]) for i in range(0, len(images), 1000)])
+
+    def test_images(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """Images and labels of the test split, which is read once for each final model."""
+        split = self.dataset.test.read(for_model=name)
+        if self._test is None:
+            self._test = jnp.asarray(split.inputs()), jnp.asarray(split.labels)
+        return self._test
+
+    def test(self, name: str, model: nn.Module, variables: Variables) -> float:
+        """Per cent of the test split that a final model gets right."""
+        images, labels = self.test_images(name)
+        return accuracy(self.logits(model, variables, images), labels)
+
+    def learner(self, model: nn.Module, loss: Loss, **options: Any) -> "Learner":
+        """A training of fresh copies of a model."""
+        return Learner(self, lambda seed: self.init(model, seed), loss, **options)
+
+    def setting(self) -> str:
+        """What a table should say of the training."""
+        c = self.config
+        return (
+            f"{len(self.labels):,} training images, batches of {self.batch}, {c.epochs} epochs of {self.steps} steps,"
+            f" Adam with a cosine from {c.rate:g} to zero; students see the images as they are."
+        )
+
+    def result(self, **fields: Any) -> _results.Result:
+        """`_results.result` of this data set."""
+        return _results.result(self.dataset, **fields)
+
+
+class Learner:
+    """`learner(name, seed, rows=..., knobs=...)` trains; all calls share one compiled step.
+
+    Args:
+      room: the data.
+      init: from a seed to fresh variables, `{"params": ..., **extras}`.
+      loss: see `Loss`.
+      epochs: how long; by default as configured.
+      tx: another optimizer than Adam with a cosine from `Config.rate` to zero.
+      times: how often each batch is given in turn, for networks that take turns.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        init: Callable[[int], Variables],
+        loss: Loss,
+        *,
+        epochs: int | None = None,
+        tx: optax.GradientTransformation | None = None,
+        times: int = 1,
+    ) -> None:
+        self.room, self.init, self.times = room, init, times
+        self.steps = (epochs or room.config.epochs) * room.steps
+        self.tx = tx or optax.adam(optax.cosine_decay_schedule(room.config.rate, self.steps))
+
+        def loss_fn(params: Any, batch: Any, context: train.Context) -> Any:
+            given, index = context.frozen, batch["index"]
+            rows = jax.tree.map(lambda table: table[index], given["rows"])
+            images, labels = given["images"][index], given["labels"][index]
+            lesson = Lesson(images, labels, rows, given["knobs"], context.key, context.step, index)
+            value, extras = loss(params, context.extras, lesson)
+            return value, {}, extras
+
+        self.step = train.make_step(loss_fn, self.tx)
+
+    def __call__(
+        self,
+        name: str,
+        seed: int,
+        *,
+        rows: Any = None,
+        knobs: Any = None,
+        subset: np.ndarray | None = None,
+        start: Variables | None = None,
+    ) -> dict[str, Any]:
+        """Trained variables.
+
+        Args:
+          name: of the training, for its file of metrics.
+          seed: of the initialisation, the order of the examples and dropout.
+          rows: tables with a row for each training image; the loss gets the batch's.
+          knobs: scalars and trees that the loss gets as they are.
+          subset: the training images that may be shown; all by default. The number of steps stays.
+          start: variables to begin with instead of fresh ones.
+        """
+        room, variables = self.room, self.init(seed) if start is None else start
+        extras = {key: tree for key, tree in variables.items() if key != PARAMS}
+        state = train.TrainState.create(variables[PARAMS], self.tx, key=jax.random.key(seed), extras=extras)
+        frozen = {"images": room.images, "labels": room.labels, "rows": rows, "knobs": jax.tree.map(strong, knobs)}
+        log = room.config.log
+        state = train.fit(
+            self.step,
+            state,
+            self._batches(seed, subset),
+            steps=self.steps * self.times,
+            frozen=frozen,
+            on_metrics=None if log is None else train.JsonLines(log / f"{name.replace(' ', '_')}.jsonl"),
+            log_every=room.steps,
+        )
+        return {PARAMS: state.params, **state.extras}
+
+    def _batches(self, seed: int, subset: np.ndarray | None) -> Iterator[dict[str, np.ndarray]]:
+        """Indices, epoch after epoch in new orders; a last short batch is left out."""
+        order, size = np.random.default_rng(seed), self.room.batch
+        chosen = np.arange(len(self.room.labels)) if subset is None else np.asarray(subset)
+        if len(chosen) < size:
+            raise ValueError(f"{len(chosen)} training images do not fill a batch of {size}")
+        while True:
+            mixed = order.permutation(chosen).astype(np.int32)
+            for begin in range(0, len(mixed) - size + 1, size):
+                yield from itertools.repeat({"index": mixed[begin : begin + size]}, self.times)
+
+
+def strong(x: Any) -> jax.Array:
+    """An array with a dtype of its own, so that 4 and 4.0 share a compiled program."""
+    return jnp.asarray(x, jnp.float32) if isinstance(x, int | float) else jnp.asarray(x)
+
+
+def logits_loss(
+    model: nn.Module,
+    loss: Callable[[jax.Array, Lesson], jax.Array],
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Loss:
+    """A `Loss` of a model's logits `[batch, classes]`.
+
+    Args:
+      model: the network.
+      loss: from logits and the lesson to one value an example.
+      augment: from images and a key to changed images; the loss sees those in its lesson.
+    """
+
+    def of_params(params: Any, extras: Any, lesson: Lesson) -> tuple[jax.Array, Any]:
+        if augment is not None:
+            lesson = lesson._replace(images=augment(lesson.images, jax.random.fold_in(lesson.key, 1)))
+        logits, extras = model.apply(
+            {PARAMS: params, **extras}, lesson.images, train=True, rngs={"dropout": lesson.key}, mutable=list(extras)
+        )
+        return jnp.mean(loss(logits, lesson)), extras
+
+    return of_params
+
+
+def hard(logits: jax.Array, lesson: Lesson) -> jax.Array:
+    """Cross entropy with the labels."""
+    return distill.hard_label_loss(logits, lesson.labels)
+
+
+def guided(logits: jax.Array, lesson: Lesson) -> jax.Array:
+    """Soft targets with weight `alpha`, labels with the rest; `rows` are the teacher's logits. Alpha 0 is `hard`."""
+    alpha, temperature = lesson.knobs["alpha"], lesson.knobs["temperature"]
+    return distill.distillation_loss(logits, lesson.rows, lesson.labels, alpha=alpha, temperature=temperature)
+
+
+def jittered(by: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Moves each image by up to `by` pixels each way, zeros moving in."""
+
+    def augment(images: jax.Array, key: jax.Array) -> jax.Array:
+        padded = jnp.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
+        starts = jax.random.randint(key, (images.shape[0], 2), 0, 2 * by + 1)
+        cut = jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (*start, 0), images.shape[1:]))
+        return cut(padded, starts)
+
+    return augment
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> float:
+    """Per cent of the rows whose largest logit is the label's."""
+    return 100 * float(jnp.mean(jnp.argmax(logits, axis=-1) == labels))
+
+
+def parameters(variables: Variables) -> int:
+    """How many numbers are trained."""
+    return sum(x.size for x in jax.tree.leaves(variables[PARAMS]))
+
+
+def gathered(rows: Iterable[tuple[str, int, Mapping[str, float]]], paper: Mapping[str, Any] | None = None) -> list[Row]:
+    """Rows from `(name, seed, figures)`, in the order in which names come first."""
+    by_name: dict[str, dict[int, Mapping[str, float]]] = {}
+    for name, seed, figures in rows:
+        by_name.setdefault(name, {})[seed] = figures
+    return [Row.measured(name, by_seed, (paper or {}).get(name)) for name, by_seed in by_name.items()]
+
+
+def written(result: _results.Result, config: Config, draw: Callable[[Path], None]) -> _results.Result:
+    """Writes `NAME.json` and its figure `NAME.png`, and says so."""
+    result.write(config.out / f"{result.name}.json")
+    draw(config.out / f"{result.name}.png")
+    print(f"written: {config.out / result.name}.json and .png", flush=True)
+    return result
+
+
+def bars(path: Path, rows: Sequence[Row], key: str, *, x_title: str, title: str = "") -> None:
+    """Draws a bar a row, with the seeds as dots on it; the axis begins near the smallest value."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no plotting on import, and no global state
+    from matplotlib.figure import Figure
+
+    canvas = FigureCanvasAgg(Figure(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained"))
+    axes = canvas.figure.add_subplot()
+    places = range(len(rows) - 1, -1, -1)
+    axes.barh(places, [row.ours[key].mean for row in rows], color="tab:blue", alpha=0.5)
+    axes.set_yticks(places, [row.name for row in rows], fontsize=8)
+    for place, row in zip(places, rows, strict=True):
+        values = row.ours[key].values
+        axes.plot(values, [place] * len(values), "k.", markersize=4)
+    seen = list(itertools.chain.from_iterable(row.ours[key].values for row in rows))
+    room = 0.1 * (max(seen) - min(seen)) or 1.0
+    axes.set_xlim(max(0.0, min(seen) - 2 * room), max(seen) + room)
+    axes.set_xlabel(x_title)
+    axes.set_title(title)
+    axes.grid(alpha=0.3, axis="x")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.figure.savefig(path, dpi=120)

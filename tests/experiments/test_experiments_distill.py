@@ -1,0 +1,211 @@
+"""The distillation experiments on short settings: real data, every arm, and what they claim to have done."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import (
+    _distilling,
+    _results,
+    distill_capacity,
+    distill_methods,
+    distill_mnist,
+    distill_teaching,
+    distill_why,
+)
+from experiments._bert import BASE, TINY, Bert
+from experiments._distilling import Learner, Mlp, Room, guided, jittered, logits_loss
+from experiments.distill_why import calibration
+
+
+@pytest.fixture(scope="module")
+def room():
+    return Room(_distilling.Config(seeds=1, epochs=2, batch_size=128, rate=0.01))
+
+
+def checked(result: _results.Result, out: Path) -> dict:
+    """What holds of every result: it reads back, has its figure, and read test data once a model."""
+    assert _results.read(out / f"{result.name}.json") == result
+    assert (out / f"{result.name}.png").stat().st_size > 5_000
+    assert len({read.model for read in result.test_reads}) == len(result.test_reads)
+    return {row.name: row.ours for row in result.rows}
+
+
+def test_a_learner_is_a_plain_loop_and_its_arms_share_a_program(room, tmp_path):
+    """Against Adam on a distillation loss written out."""
+    model, total = Mlp((16,)), 2 * room.steps
+    room.config = dataclasses.replace(room.config, log=tmp_path)
+    learn = room.learner(model, logits_loss(model, guided))
+    rows = jax.random.normal(jax.random.key(5), (len(room.labels), 10))
+    knobs = {"alpha": 0.3, "temperature": 2.0}
+    trained = learn("one", 3, rows=rows, knobs=knobs)["params"]
+
+    tx = optax.adam(optax.cosine_decay_schedule(0.01, total))
+    params = room.init(model, 3)["params"]
+    state, order = tx.init(params), np.random.default_rng(3)
+
+    @jax.jit
+    def step(params, state, index):
+        def loss(params):
+            z = model.apply({"params": params}, room.images[index])
+            p, q = (jax.nn.softmax(x / 2.0) for x in (rows[index], z))
+            soft = 4.0 * jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=-1)
+            hard = -jax.nn.log_softmax(z)[jnp.arange(len(index)), room.labels[index]]
+            return jnp.mean(0.3 * soft + 0.7 * hard)
+
+        updates, new = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), new
+
+    for _ in range(2):
+        mixed = order.permutation(np.arange(len(room.labels)))
+        for k in range(room.steps):
+            params, state = step(params, state, mixed[128 * k : 128 * (k + 1)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), trained, params)
+
+    learn("two", 4, rows=rows + 1, knobs={"alpha": 1, "temperature": 20})
+    (jitted, _), *others = learn.step._jitted.values()
+    assert not others and jitted._cache_size() == 1
+    lines = (tmp_path / "one.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and '"loss"' in lines[0]
+
+
+def test_a_subset_is_all_that_is_shown(room):
+    """Every index is of the subset, and an epoch shows none twice."""
+    learn = Learner(room, lambda seed: {"params": {"w": jnp.zeros(1)}}, lambda p, extras, lesson: (p["w"][0], extras))
+    chosen = np.flatnonzero(np.asarray(room.labels) != 3)
+    batches = learn._batches(0, chosen)
+    for _ in range(2):
+        epoch = np.concatenate([next(batches)["index"] for _ in range(len(chosen) // 128)])
+        assert len(np.unique(epoch)) == len(epoch) and not np.any(np.asarray(room.labels)[epoch] == 3)
+    with pytest.raises(ValueError, match="do not fill a batch of 128"):
+        next(learn._batches(0, np.arange(5)))
+
+
+def test_jitter_moves_images_by_whole_pixels():
+    images = jax.random.uniform(jax.random.key(0), (40, 6, 6, 1))
+    moved = np.asarray(jittered(2)(images, jax.random.key(1)))
+    seen = set()
+    for image, after in zip(np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), moved, strict=True):
+        fits = [(i, j) for i in range(5) for j in range(5) if np.array_equal(image[i : i + 6, j : j + 6], after)]
+        assert len(fits) == 1
+        seen.update(fits)
+    assert {i for i, _ in seen} == {j for _, j in seen} == set(range(5))
+
+
+def test_calibration_counts_by_hand():
+    """Four predictions at 0.9, three of them right, and two at 0.6, one right."""
+    p = np.array([0.9] * 4 + [0.6] * 2)
+    logits = jnp.log(jnp.stack([p, 1 - p], axis=1))
+    found = calibration(logits, jnp.array([0, 0, 0, 1, 0, 1]), bins=4)
+    np.testing.assert_allclose(found.share, [0, 0, 2 / 6, 4 / 6])
+    np.testing.assert_allclose(found.confidence, [0, 0, 0.6, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(found.accuracy, [0, 0, 0.5, 0.75])
+    assert found.error == pytest.approx(0.15 * 4 / 6 + 0.1 * 2 / 6, rel=1e-5)
+    sure = calibration(jnp.array([[50.0, -50.0]]), jnp.array([0]))
+    assert sure.error == pytest.approx(0, abs=1e-6) and sure.share[-1] == 1
+
+
+def test_bert_has_the_papers_sizes():
+    """BERT-base's own count, and TinyBERT's 14.5 million, without making either."""
+    sizes = []
+    for size in (BASE, TINY):
+        tokens, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+        shapes = jax.eval_shape(Bert(size).init, jax.random.key(0), tokens, mask)
+        sizes.append(sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)))
+    assert sizes[0] == 109_482_240 and sizes[1] == 14_350_248
+
+
+def test_bert_does_not_see_padding():
+    size = TINY._replace(layers=2, hidden=12, heads=3, intermediate=16, vocabulary=20, positions=8)
+    model, mask = Bert(size), jnp.arange(6)[None] < 4
+    tokens = jnp.array([[3, 4, 5, 6, 7, 8]])
+    variables = model.init(jax.random.key(0), tokens, mask)
+    run = jax.jit(model.apply)
+    a, b = run(variables, tokens, mask), run(variables, tokens.at[:, 4:].set(1), mask)
+    np.testing.assert_allclose(a.pooled, b.pooled, atol=1e-6)
+    np.testing.assert_allclose(a.hidden[-1][:, :4], b.hidden[-1][:, :4], atol=1e-6)
+    assert len(a.hidden) == 3 and a.attention[0].shape == (1, 3, 6, 6)
+    assert float(jnp.abs(a.pooled - run(variables, tokens.at[:, 2].set(1), mask).pooled).max()) > 1e-3
+
+
+def test_the_table_of_hinton(tmp_path):
+    config = dataclasses.replace(distill_mnist.SHORT, out=tmp_path, parts=("table",))
+    (result,) = distill_mnist.main(config)
+    rows = checked(result, tmp_path)
+    assert list(rows) == list(distill_mnist.PAPER) and all(not row.paper for row in result.rows)
+    for ours in rows.values():
+        assert 0 <= ours["of_3"].mean <= ours["errors"].mean < 0.9 * 899
+    blind, corrected = rows[distill_mnist.WITHOUT], rows[distill_mnist.CORRECTED]
+    assert corrected["of_3"].mean <= blind["of_3"].mean  # a larger bias can lose no 3
+    (choice,) = result.choices
+    assert float(choice.chosen) == corrected["offset"].mean and len(choice.scores) == len(distill_mnist.OFFSETS)
+
+
+def test_soft_targets_flatten_with_the_temperature(tmp_path):
+    config = dataclasses.replace(distill_why.SHORT, out=tmp_path, parts=("targets",))
+    (result,) = distill_why.main(config)
+    rows = checked(result, tmp_path)
+    largest = [max(figure.mean for figure in ours.values()) for ours in rows.values()]
+    assert largest == sorted(largest, reverse=True) and not result.test_reads
+    for ours in rows.values():
+        assert sum(figure.mean for figure in ours.values()) == pytest.approx(100, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_sweep_and_the_ensemble(tmp_path):
+    config = dataclasses.replace(distill_mnist.SHORT, out=tmp_path, parts=("temperatures", "ensemble"))
+    sweep, ensemble = distill_mnist.main(config)
+    assert set(checked(sweep, tmp_path)["2x8"]) == {"t0", "t1", "t4"}
+    rows = checked(ensemble, tmp_path)
+    assert [rows[name]["kept"].mean for name in list(rows)[:2]] in ([0, 100], [0, 0])
+
+
+@pytest.mark.slow
+def test_ways_of_teaching(tmp_path):
+    rows = checked(distill_teaching.main(dataclasses.replace(distill_teaching.SHORT, out=tmp_path)), tmp_path)
+    assert {name for pair in distill_teaching.PAIRS for name in pair} == set(rows)
+    assert all(ours["accuracy"].mean > 12 for ours in rows.values())
+
+
+@pytest.mark.slow
+def test_capacity(tmp_path):
+    growing, shapes = distill_capacity.main(dataclasses.replace(distill_capacity.SHORT, out=tmp_path))
+    assert len(checked(growing, tmp_path)) == 2
+    rows = checked(shapes, tmp_path)
+    thin, deep = rows["thin and deep, hints, then soft targets"], rows["deep teacher"]
+    assert thin["size"].mean == 65 * 8 + 4 * 9 * 8 + 9 * 10 < deep["size"].mean  # the regressor stays behind
+
+
+@pytest.mark.slow
+def test_smoothing_and_partial_teachers(tmp_path):
+    config = dataclasses.replace(distill_why.SHORT, out=tmp_path, parts=("smoothing", "partial"))
+    smoothing, partial = distill_why.main(config)
+    assert len(checked(smoothing, tmp_path)) == 6 and len(checked(partial, tmp_path)) == 8
+
+
+@pytest.mark.slow
+def test_every_method(tmp_path):
+    result = distill_methods.main(dataclasses.replace(distill_methods.SHORT, out=tmp_path))
+    rows = checked(result, tmp_path)
+    assert len(rows) == 36 and rows["labels alone"]["gain"].mean == 0
+    different = {ours["accuracy"].values for ours in rows.values()}
+    assert len(different) > 15  # each term does something
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Room(_distilling.Config(seeds=0)), "1 seed and 1 epoch or more"),
+        (lambda: distill_mnist.main(distill_mnist.Config(parts=("all",))), "parts are table, temperatures, ensemble"),
+        (lambda: distill_why.main(distill_why.Config(parts=())), "parts are smoothing, partial, targets; got none"),
+        (lambda: distill_capacity.main(distill_capacity.Config(parts=("x",))), "parts are growing, shapes; got x"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
