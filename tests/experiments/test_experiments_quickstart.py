@@ -75,6 +75,7 @@ def test_the_recorded_run_keeps_its_promises():
         assert small >= large - 1
 
 
+@pytest.mark.slow
 def test_a_seed_decides_accuracies_and_sizes(run, tmp_path):
     _, first = run
     again = quickstart.main(dataclasses.replace(quickstart.SHORT, out=tmp_path))
