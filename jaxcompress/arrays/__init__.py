@@ -8,8 +8,8 @@ runs on such a tree, `dense(tree)` turns it back into arrays, and `nbytes(tree)`
 from jaxcompress.arrays import _codebook_rules, _control, _quantized_rules, _sparse_rules  # noqa: F401 (they register rules)
 from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._compressed import compressed
+from jaxcompress.arrays._inputs import quantize_input
 from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
-from jaxcompress.arrays._products import quantize_input
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
 

@@ -111,19 +111,6 @@ def compute_dtype(x: Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def quantize_input(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, Array]:
-    """Symmetric codes of an activation with a step of its own at each index of the `keep` axes.
-
-    Returns:
-      (int8 codes like `x`; float32 steps with size 1 along the other axes).
-    """
-    limit = 2 ** (bits - 1) - 1
-    over = free_axes(x.ndim, keep)
-    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
-    step = jnp.where(largest > 0, largest, 1.0) / limit
-    return jnp.clip(jnp.round(x.astype(jnp.float32) / step), -limit, limit).astype(jnp.int8), step
-
-
 def block_map(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
     """The coarsest common blocks of two shapes: axes of `old` that turn into axes of `new`, in order.
 

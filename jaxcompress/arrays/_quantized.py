@@ -39,6 +39,11 @@ class Quantized(Leaf):
     """(axis, counted from the end; group size) where scales are per group."""
     activation_bits: int | None = eqx.field(static=True, default=None)
     """Bits to which an input that meets this weight is quantized, so that both multiply as integers; `None`: float."""
+    input_scale: Float[Array, "*stack"] | None = None
+    """float32, the step of the inputs' grid (of the weight's rank, 1 along all but stacked axes); `None`: each row of
+    inputs gets the step that fits it, as it comes."""
+    input_zero_point: Float[Array, "*stack"] | None = None
+    """The integer of the inputs that means zero, as float32; `None` for a symmetric grid."""
 
     @classmethod
     def from_codes(
@@ -51,6 +56,8 @@ class Quantized(Leaf):
         dtype: Any = jnp.float32,
         group: tuple[int, int] | None = None,
         activation_bits: int | None = None,
+        input_scale: Array | None = None,
+        input_zero_point: Array | None = None,
     ) -> "Quantized":
         """A leaf from its integer codes, `[*shape]`, and its scales, broadcastable to them but for a grouped axis.
 
@@ -78,6 +85,8 @@ class Quantized(Leaf):
             compute_dtype=jnp.dtype(dtype).name,
             group=group,
             activation_bits=activation_bits,
+            input_scale=None if input_scale is None else input_scale.astype(jnp.float32),
+            input_zero_point=None if input_zero_point is None else input_zero_point.astype(jnp.float32),
         )
 
     def aval(self) -> ShapedArray:
@@ -104,6 +113,11 @@ class Quantized(Leaf):
         axis, size = self.group
         spread = jnp.repeat(per_block, size, axis=axis)
         return jax.lax.slice_in_dim(spread, 0, self.shape[axis], axis=axis)
+
+    @property
+    def as_integers(self) -> bool:
+        """Whether inputs and weights multiply as integers."""
+        return self.activation_bits is not None and self.zero_point is None
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""

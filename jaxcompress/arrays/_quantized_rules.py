@@ -6,10 +6,15 @@ A product with a weight `scale * codes` is taken apart where the scale allows it
   scale the output;
 * it varies along the contracted axes only (a tied embedding read backwards): scale the input, then multiply;
 * it varies along both (groups): one product a group, scaled, and summed.
+
+Where the weight asks for it, inputs become integers too: `x = step (codes - zero)`. Then the products of integers are
+added up exactly, in int32; `zero` times the sum of a weight's codes is taken off, and the rest is scaled.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +23,7 @@ from jax import lax
 from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
+from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to, reshaped_input
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._products import (
     Dims,
@@ -27,7 +33,6 @@ from jaxcompress.arrays._products import (
     compute_dtype,
     constrain_like,
     is_float,
-    quantize_input,
     register_product,
 )
 from jaxcompress.arrays._quantized import Quantized
@@ -39,6 +44,8 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left, where the scale can be taken out of it."""
     if not is_float(x):
         return NotImplemented
+    if w.input_scale is not None and along_input(w.input_scale, dims, x.ndim) is None:
+        return NotImplemented
     out_dtype = params["preferred_element_type"] or x.dtype
     varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
     w_free = dims.w_free(w.ndim)
@@ -47,39 +54,94 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
         product = _dot_tiles(x, w, dims, params) * scale
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
         x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.scale), dims, x.ndim)
-        floats = dataclasses.replace(w, activation_bits=None)
-        product = tiled(lambda x, w: _dot_columns(_dot_codes, x, w, dims, params), x, floats, dims)
+        product = tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
             return NotImplemented
-        product = tiled(lambda x, w: _dot_columns(_dot_groups, x, w, dims, params), x, w, dims)
+        product = _dot_scaled_groups(x, w, dims, params)
     else:
         return NotImplemented
     return product.astype(out_dtype)
 
 
+def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    if not w.as_integers:
+        x = _rounded_input(x, w, dims)
+        return tiled(lambda x, w: _dot_columns(_dot_groups, x, w, dims, params), x, w, dims)
+    codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
+    groups = functools.partial(_dot_groups, zero=zero)
+    sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
+    return sums * _along_weight(step, dims, w.ndim)
+
+
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    """`_dot_codes` with the weight's own codes, decoded tile by tile where that is faster."""
+    """The unscaled product, decoded tile by tile where that is faster."""
 
-    def product(x: Array, w: Quantized) -> Array:
-        return _dot_columns(_dot_codes, x, w, dims, params)
+    def floats(x: Array, w: Quantized) -> Array:
+        return _dot_columns(_dot_floats, x, w, dims, params)
 
-    floats = dataclasses.replace(w, activation_bits=None)
-    if w.activation_bits is None or w.zero_point is not None:
-        return tiled(product, _rounded_input(x, w, dims), floats, dims)
-    codes, step = quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim)))
-    # XLA:CPU multiplies integers of fewer than four rows six times slower than floats, which add up 1,024 products of
-    # two int8 as exactly as integers do
-    sums = tiled(
-        lambda x, w: product(x, w).astype(jnp.int32),
-        codes.astype(jnp.float32),
-        floats,
-        dims,
-        whole=lambda: _dot_columns(lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params),
-        rows=3,
-        depth=1 << 10,
-    )
-    return sums.astype(jnp.float32) * _output_step(step, dims, w.ndim)
+    if not w.as_integers:
+        return tiled(floats, _rounded_input(x, w, dims), w, dims)
+
+    def integers(codes: Array) -> Array:
+        # XLA:CPU multiplies integers of fewer than four rows six times slower than floats, which add up 1,024 products
+        # of two int8 as exactly as integers do
+        return tiled(
+            lambda x, w: floats(x, w).astype(jnp.int32),
+            codes.astype(jnp.float32),
+            w,
+            dims,
+            whole=lambda: _dot_columns(
+                lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params
+            ),
+            rows=3,
+            depth=1 << 10,
+        )
+
+    codes, step, zero = _input_codes(x, w, dims)
+    sums = _summed(codes, zero, integers, lambda: _weight_sums(w.codes(), dims, x.ndim), dims, w.ndim)
+    return sums * _along_weight(step, dims, w.ndim)
+
+
+def _input_codes(x: Array, w: Quantized, dims: Dims) -> tuple[Array, Array, Array | None]:
+    """The input as integers, and its steps and zero points along the input's axes."""
+    assert w.activation_bits is not None
+    if w.input_scale is None:
+        return *quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim))), None
+    step = along_input(w.input_scale, dims, x.ndim)
+    zero = None if w.input_zero_point is None else along_input(w.input_zero_point, dims, x.ndim)
+    assert step is not None  # _dot has looked
+    return quantize_input_to(x, step, zero, w.activation_bits), step, zero
+
+
+def _summed(codes: Array, zero: Array | None, product: Any, weight_sums: Any, dims: Dims, w_ndim: int) -> Array:
+    """The product of `codes - zero` with the weight's integers, as floats."""
+    return _exact(codes, None if zero is None else _along_weight(zero, dims, w_ndim), product, weight_sums)
+
+
+def _exact(codes: Array, zero: Array | None, product: Any, weight_sums: Any) -> Array:
+    """`product(codes) - zero * weight_sums()`, in float32, from exact sums of products of int8.
+
+    Args:
+      codes: int8 or int16.
+      zero: the inputs' zero point, along the output.
+      product: of int8 codes with the weight's, int32.
+      weight_sums: the product of ones.
+    """
+    zero = None if zero is None else zero.astype(jnp.int32)
+    if codes.dtype == jnp.int8:
+        sums = product(codes) if zero is None else product(codes) - zero * weight_sums()
+        return sums.astype(jnp.float32)
+    # 16 bits are two times 8, the lower ones moved to where they are signed
+    high, low = (codes >> 8).astype(jnp.int8), ((codes & 255) - 128).astype(jnp.int8)
+    moved = 128 if zero is None else 128 - zero
+    return product(high).astype(jnp.float32) * 256 + (product(low) + moved * weight_sums()).astype(jnp.float32)
+
+
+def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
+    """The sum of the codes over the contracted axes, int32, along the output's axes."""
+    sums = jnp.sum(codes, axis=dims.w_contract, keepdims=True, dtype=jnp.int32)
+    return along_output(sums, dims.w_contract, dims.w_batch, before=len(dims.x_free(x_ndim)), after=0)
 
 
 def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
@@ -96,16 +158,11 @@ def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[
     return together.reshape(*together.shape[:-2], -1)  # the weight's last axis is the output's
 
 
-def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:
-    """The unscaled product of `x` with the centred codes, or with `codes(dtype)`; in integers where the weight asks."""
+def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:
+    """The unscaled product of `x` with the centred codes, or with `codes(dtype)`, in floats."""
     codes = w.centred if codes is None else codes
     kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
-    if w.activation_bits is None or w.zero_point is not None:
-        x = _rounded_input(x, w, dims)
-        return lax.dot_general(x, codes(x.dtype), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
-    x_codes, step = quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim)))
-    w_codes = codes(jnp.int8)
-    return _dot_integers(x_codes, w_codes, dims, params).astype(jnp.float32) * _output_step(step, dims, w_codes.ndim)
+    return lax.dot_general(x, codes(x.dtype), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
 
 
 def _dot_integers(x_codes: Array, w_codes: Array, dims: Dims, params: dict[str, Any]) -> Array:
@@ -113,21 +170,21 @@ def _dot_integers(x_codes: Array, w_codes: Array, dims: Dims, params: dict[str, 
     return lax.dot_general(x_codes, w_codes, dims.numbers, preferred_element_type=jnp.int32, **kwargs)
 
 
-def _output_step(step: Array, dims: Dims, w_ndim: int) -> Array:
-    """The input's steps laid along the output."""
-    return along_output(step, dims.x_contract, dims.x_batch, before=0, after=len(dims.w_free(w_ndim)))
+def _along_weight(per_row: Array, dims: Dims, w_ndim: int) -> Array:
+    """The inputs' steps or zero points, laid along the output."""
+    return along_output(per_row, dims.x_contract, dims.x_batch, before=0, after=len(dims.w_free(w_ndim)))
 
 
 def _rounded_input(x: Array, w: Quantized, dims: Dims) -> Array:
     """The input on the grid that the weight asks for, as floats."""
     if w.activation_bits is None:
         return x
-    codes, step = quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim)))
-    return (codes * step).astype(x.dtype)
+    codes, step, zero = _input_codes(x, w, dims)
+    return ((codes if zero is None else codes - zero) * step).astype(x.dtype)
 
 
-def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    """Groups along a contracted axis become a batch axis; their scaled products are summed."""
+def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], zero: Array | None = None) -> Array:
+    """Groups along a contracted axis become a batch axis; their scaled products are summed. `x` may be integers."""
     assert w.group is not None
     w_axis, size = w.group[0] + w.ndim, w.group[1]
     x_axis = dims.x_contract[dims.w_contract.index(w_axis)]
@@ -140,13 +197,24 @@ def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> A
     )
     scale = jnp.expand_dims(w.scale, w_axis + 1)
     laid = along_output(scale, grouped.w_contract, grouped.w_batch, before=len(dims.x_free(x.ndim)), after=0)
-    product = _dot_codes(
-        _split(x, x_axis, groups, size),
-        w,
-        grouped,
-        params,
-        lambda dtype: _split(w.centred(dtype), w_axis, groups, size),
-    )
+    x = _split(x, x_axis, groups, size)
+
+    def of_weight(dtype: Any) -> Array:
+        return _split(w.centred(dtype), w_axis, groups, size)
+
+    if is_float(x):
+        product = _dot_floats(x, w, grouped, params, of_weight)
+    else:
+        codes = of_weight(jnp.int8)
+        zero = None if zero is None else jnp.expand_dims(zero, x_axis)
+        product = _summed(
+            x,
+            zero,
+            lambda x: _dot_integers(x, codes, grouped, params),
+            lambda: _weight_sums(codes, grouped, x.ndim),
+            grouped,
+            codes.ndim,
+        )
     return jnp.sum(product * laid, axis=len(dims.w_batch))
 
 
@@ -169,10 +237,15 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
         return NotImplemented
     out_dtype = params["preferred_element_type"] or x.dtype
     scale = _along(w.scale.reshape(-1), x.ndim, numbers.out_spec[1])
-    if w.activation_bits is None or w.zero_point is not None:
+    dims = Dims((), (), (), ())  # nothing is stacked here
+    if w.input_scale is None and w.activation_bits is not None:
+        codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
+        zero = None
+    elif w.activation_bits is not None:
+        codes, step, zero = _input_codes(x, w, dims)
+    if not w.as_integers:
         if w.activation_bits is not None:
-            codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
-            x = (codes * step).astype(x.dtype)
+            x = ((codes if zero is None else codes - zero) * step).astype(x.dtype)
         params |= {"preferred_element_type": compute_dtype(x)}
 
         def convolve(w: Quantized) -> Array:
@@ -183,10 +256,20 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
         else:
             product = convolve(w)
         return (product * scale).astype(out_dtype)
-    codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
-    sums = lax.conv_general_dilated_p.bind(codes, w.codes(), **params | {"preferred_element_type": jnp.dtype("int32")})
+    params |= {"preferred_element_type": jnp.dtype("int32")}
+    w_codes = w.codes()
+
+    def integers(codes: Array) -> Array:
+        return lax.conv_general_dilated_p.bind(codes, w_codes, **params)
+
+    def weight_sums() -> Array:  # where the kernel is over the padding, only what is inside counts
+        one = [1 if axis == numbers.lhs_spec[0] else size for axis, size in enumerate(x.shape)]
+        return integers(jnp.ones(one, jnp.int8))
+
+    zero = None if zero is None else zero.reshape([1] * x.ndim)
+    sums = _exact(codes, zero, integers, weight_sums)
     step = _along(step.reshape(-1), x.ndim, numbers.out_spec[0])
-    return (sums.astype(jnp.float32) * step * scale).astype(out_dtype)
+    return (sums * step * scale).astype(out_dtype)
 
 
 def _along(vector: Array, ndim: int, axis: int) -> Array:
@@ -274,14 +357,20 @@ def _reshaped(w: Quantized, shape: tuple[int, ...]) -> Any:
             return NotImplemented
         if w.group and w.group[0] + w.ndim in old and steps != math.prod(w.shape[axis] for axis in old):
             group = (next(axis for axis in new if scale_shape[axis] == steps) - len(shape), w.group[1])
-    return _with_children(w, w.codes().reshape(shape), lambda x: x.reshape(scale_shape), group)
+    inputs = [None if x is None else reshaped_input(x, w.shape, shape) for x in (w.input_scale, w.input_zero_point)]
+    if w.input_scale is not None and inputs[0] is None:
+        return NotImplemented
+    return _with_children(w, w.codes().reshape(shape), lambda x: x.reshape(scale_shape), group, inputs)
 
 
 def _rearranged(w: Quantized, move: Any, group: tuple[int, int] | None) -> Quantized:
-    return _with_children(w, move(w.codes()), move, group)
+    inputs = [None if x is None else move(x) for x in (w.input_scale, w.input_zero_point)]
+    return _with_children(w, move(w.codes()), move, group, inputs)
 
 
-def _with_children(w: Quantized, codes: Array, move: Any, group: tuple[int, int] | None) -> Quantized:
+def _with_children(
+    w: Quantized, codes: Array, move: Any, group: tuple[int, int] | None, inputs: Sequence[Array | None]
+) -> Quantized:
     """A temporary leaf on unpacked codes."""
     return Quantized(
         values=codes,
@@ -292,6 +381,8 @@ def _with_children(w: Quantized, codes: Array, move: Any, group: tuple[int, int]
         compute_dtype=w.compute_dtype,
         group=group,
         activation_bits=w.activation_bits,
+        input_scale=inputs[0],
+        input_zero_point=inputs[1],
         strict=w.strict,
     )
 

@@ -24,8 +24,9 @@ class Affine:
       group: (axis, size): along this axis, `size` neighbours share a scale. The last group may be shorter.
       symmetric: zero is the middle of the grid, and there is no zero point. Otherwise the grid spans [min, max], with
         zero on it.
-      activation_bits: also quantize an input that meets the weight in a product or convolution, symmetrically, with a
-        scale of its own for each row (each example of a convolution), found as it comes; `None` leaves inputs alone.
+      activation_bits: also quantize an input that meets the weight in a product or convolution: 2 to 8 bits, or 16.
+        Symmetrically, with a scale of its own for each row (each example of a convolution), found as it comes; or on
+        the grid of a calibrated range (`input_ranges`), or of a learned one (`learn`). `None` leaves inputs alone.
     """
 
     bits: int = 8
@@ -37,8 +38,8 @@ class Affine:
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9) or not isinstance(self.bits, int):
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
-        if self.activation_bits not in (None, *range(2, 9)):
-            raise ValueError(f"activation_bits must be None or an integer from 2 to 8, got {self.activation_bits!r}")
+        if self.activation_bits not in (None, *range(2, 9), 16):
+            raise ValueError(f"activation_bits must be None, 2 to 8 or 16, got {self.activation_bits!r}")
         if self.group is not None and (len(self.group) != 2 or self.group[1] < 1):
             raise ValueError(f"group must be (axis, size) with a size of at least 1, got {self.group!r}")
 

@@ -1,7 +1,8 @@
 """Fake quantization during training: a function transform that rounds what the integers will round."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
@@ -13,31 +14,40 @@ from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays import Leaf, compressed, is_leaf, quantize_input, register
-from jaxcompress.paths import Rules, assign
+from jaxcompress.arrays._inputs import along_input, input_limits, reshaped_input
+from jaxcompress.arrays._products import Dims
+from jaxcompress.paths import Rules, match, named_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._convert import Scheme
+from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
+from jaxcompress.quantize._steps import to_steps
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fake(fn: Callable[P, R], rules: Rules[Affine | Scheme | None]) -> Callable[P, R]:
+def fake(
+    fn: Callable[P, R], rules: Rules[Affine | Scheme | None], ranges: Mapping[str, Range] | None = None
+) -> Callable[P, R]:
     """`fn` with the weights that `rules` choose rounded to their grid, and the inputs that meet them too.
 
     The parameters stay floats, in their own tree: optimizer state and checkpoints don't change. Rounding happens
     inside, and gradients pass straight through it. Nothing else in the process is touched: another call of `fn`
-    itself, a teacher's, say, is as it was.
+    itself, a teacher's, say, is as it was. Steps that are themselves trained are `learn`'s.
 
     Args:
       fn: a function whose first argument is a tree of parameters: a Linen module's `apply`, a loss.
       rules: pairs of a path pattern and an `Affine`, or a `Scheme` that converts under jit (`Binary`, `Ternary`), or
         `None`: leave alone. First match wins.
+      ranges: of the inputs, from `input_ranges` with the same rules, as `static` takes them: what lies outside is
+        clipped, and gets no gradient. Without, the inputs' steps are found as they come.
 
     Returns:
       A function of the same signature.
 
     Raises:
       UnmatchedRuleError: when called, if a rule matches no parameter.
+      ValueError: when called, if the ranges don't fit the rules.
     """
 
     @functools.wraps(fn)
@@ -45,14 +55,22 @@ def fake(fn: Callable[P, R], rules: Rules[Affine | Scheme | None]) -> Callable[P
         if not args:
             raise TypeError("a fake-quantized function takes its parameters as the first positional argument")
         params, *rest = args
-        specs = assign(rules, params, is_leaf=is_leaf)
-        viewed = jax.tree.map(_view, params, specs, is_leaf=is_leaf)
+        leaves = named_leaves(params, is_leaf)
+        specs = match(rules, [name for name, _ in leaves], None)
+        if ranges is not None:
+            asked = [n for (n, _), s in zip(leaves, specs, strict=True) if isinstance(s, Affine) and s.activation_bits]
+            check_ranges(ranges, asked)
+        views = [
+            _view(name, x, spec, None if ranges is None else ranges.get(name))
+            for (name, x), spec in zip(leaves, specs, strict=True)
+        ]
+        viewed = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), views)
         return compressed(fn)(viewed, *rest, **kwargs)  # type: ignore[arg-type]
 
     return run
 
 
-def _view(weight: Any, spec: Affine | Scheme | None) -> Any:
+def _view(name: str, weight: Any, spec: Affine | Scheme | None, low_high: Range | None) -> Any:
     if spec is None:
         return weight
     if is_leaf(weight):
@@ -62,7 +80,11 @@ def _view(weight: Any, spec: Affine | Scheme | None) -> Any:
     if not isinstance(spec, Affine):
         return _straight_through(weight, spec)
     rounded = fake_quantize(weight, spec)
-    return rounded if spec.activation_bits is None else FakeQuantized(rounded, spec.activation_bits)
+    if spec.activation_bits is None:
+        return rounded
+    if low_high is None:
+        return FakeQuantized(rounded, spec.activation_bits)
+    return FakeQuantized(rounded, spec.activation_bits, *steps_of(name, low_high, rounded.ndim, spec.activation_bits))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -80,6 +102,12 @@ class FakeQuantized(Leaf):
 
     weight: Array
     activation_bits: int = eqx.field(static=True)
+    input_step: Array | None = None
+    """float32, of the weight's rank, 1 along all axes but stacked ones; `None`: found as inputs come."""
+    input_zero_point: Array | None = None
+    """The integer that means zero, as float32; `None` for a symmetric grid."""
+    input_rule: str | None = eqx.field(static=True, default=None)
+    """Of the step's gradient, as in `to_steps`."""
 
     def aval(self) -> ShapedArray:
         return ShapedArray(self.weight.shape, self.weight.dtype)
@@ -106,30 +134,41 @@ def _fake_input_bwd(bits: int, keep: tuple[int, ...], _: None, cotangent: Array)
 fake_quantize_input.defvjp(_fake_input_fwd, _fake_input_bwd)
 
 
-def _rounded(x: ArrayLike, bits: int, contracted: tuple[int, ...]) -> Array:
+def _rounded(x: ArrayLike, w: FakeQuantized, keep: tuple[int, ...], dims: Dims, shared: tuple[int, ...]) -> Array:
+    """The input on the grid that the weight asks for; `shared` are the axes of the features that one row has."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return fake_quantize_input(x, bits, tuple(axis for axis in range(x.ndim) if axis not in contracted))
+    if w.input_step is None:
+        return fake_quantize_input(x, w.activation_bits, keep)
+    laid = [None if a is None else along_input(a, dims, x.ndim) for a in (w.input_step, w.input_zero_point)]
+    if laid[0] is None:
+        raise ValueError(f"the inputs' steps {w.input_step.shape} of a stacked weight meet inputs of {x.shape} at once")
+    limits = input_limits(w.activation_bits, w.input_zero_point is not None)
+    return to_steps(x, laid[0], laid[1], limits, w.input_rule, math.prod(x.shape[axis] for axis in shared))
 
 
 @register(lax.dot_general_p)
 def _dot_input_weight(x: ArrayLike, w: FakeQuantized, **params: Any) -> Array:
-    x = _rounded(x, w.activation_bits, params["dimension_numbers"][0][0])
-    return lax.dot_general_p.bind(x, w.weight, **params)
+    return lax.dot_general_p.bind(_dot_input(x, w, Dims.of(params["dimension_numbers"])), w.weight, **params)
 
 
 @register(lax.dot_general_p)
 def _dot_weight_input(w: FakeQuantized, x: ArrayLike, **params: Any) -> Array:
-    x = _rounded(x, w.activation_bits, params["dimension_numbers"][0][1])
+    x = _dot_input(x, w, Dims.of(params["dimension_numbers"], weight_first=True))
     return lax.dot_general_p.bind(w.weight, x, **params)
+
+
+def _dot_input(x: ArrayLike, w: FakeQuantized, dims: Dims) -> Array:
+    keep = tuple(axis for axis in range(jnp.ndim(x)) if axis not in dims.x_contract)
+    return _rounded(x, w, keep, dims, dims.x_contract)
 
 
 @register(lax.conv_general_dilated_p)
 def _conv(x: ArrayLike, w: FakeQuantized, **params: Any) -> Array:
     batch = params["dimension_numbers"].lhs_spec[0]
-    x = _rounded(x, w.activation_bits, tuple(axis for axis in range(jnp.ndim(x)) if axis != batch))
-    return lax.conv_general_dilated_p.bind(x, w.weight, **params)
+    rest = tuple(axis for axis in range(jnp.ndim(x)) if axis != batch)
+    return lax.conv_general_dilated_p.bind(_rounded(x, w, (batch,), Dims((), (), (), ()), rest), w.weight, **params)
 
 
 def _still_a_weight(primitive: Any) -> None:
@@ -137,7 +176,21 @@ def _still_a_weight(primitive: Any) -> None:
 
     @register(primitive)
     def _(w: FakeQuantized, **params: Any) -> FakeQuantized:
-        return FakeQuantized(primitive.bind(w.weight, **params), w.activation_bits)
+        weight = primitive.bind(w.weight, **params)
+
+        def follow(per_layer: Array | None) -> Array | None:
+            if per_layer is None:
+                return None
+            if primitive is lax.transpose_p:
+                return jnp.transpose(per_layer, params["permutation"])
+            followed = reshaped_input(per_layer, w.shape, weight.shape)
+            if followed is None:
+                raise ValueError(f"the inputs' steps {per_layer.shape} can't follow a weight to {weight.shape}")
+            return followed
+
+        return FakeQuantized(
+            weight, w.activation_bits, follow(w.input_step), follow(w.input_zero_point), w.input_rule, strict=w.strict
+        )
 
 
 for _primitive in (

@@ -1,0 +1,67 @@
+"""Activations as integers: on a grid that is found as they come, or on one that a weight brings along."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxcompress.arrays._products import Dims, free_axes
+
+
+def input_limits(bits: int, asymmetric: bool) -> tuple[int, int]:
+    """The smallest and the largest integer of an activation; a symmetric grid leaves out the smallest."""
+    top = 2 ** (bits - 1) - 1
+    return (-top - 1, top) if asymmetric else (-top, top)
+
+
+def quantize_input(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, Array]:
+    """Symmetric codes of an activation with a step of its own at each index of the `keep` axes.
+
+    Returns:
+      (int8 codes like `x`, int16 ones of more than 8 bits; float32 steps with size 1 along the other axes).
+    """
+    over = free_axes(x.ndim, keep)
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
+    step = jnp.where(largest > 0, largest, 1.0) / (2 ** (bits - 1) - 1)
+    return quantize_input_to(x, step, None, bits), step
+
+
+def quantize_input_to(x: Array, step: Array, zero_point: Array | None, bits: int) -> Array:
+    """Codes of an activation on a given grid, `[*x]`; what lies outside is clipped.
+
+    Args:
+      x: the activation.
+      step: float32, broadcastable to `x`.
+      zero_point: the integer that means zero, as float32; `None` for a symmetric grid.
+      bits: at most 8 give int8, more int16.
+    """
+    codes = jnp.round(x.astype(jnp.float32) / step)
+    if zero_point is not None:
+        codes += zero_point
+    low, high = input_limits(bits, zero_point is not None)
+    return jnp.clip(codes, low, high).astype(jnp.int8 if bits <= 8 else jnp.int16)
+
+
+def along_input(per_layer: Array, dims: Dims, x_ndim: int) -> Array | None:
+    """What a weight brings along for its inputs, laid along the input's axes.
+
+    It is of the weight's rank and 1 along all axes but those of the product's batch; `None` if it isn't.
+    """
+    if per_layer.size == 1:
+        return per_layer.reshape([1] * x_ndim)
+    if any(size > 1 for axis, size in enumerate(per_layer.shape) if axis not in dims.w_batch):
+        return None
+    order = (*dims.x_batch, *free_axes(x_ndim, dims.x_batch))
+    moved = jnp.transpose(per_layer, (*dims.w_batch, *free_axes(per_layer.ndim, dims.w_batch)))
+    laid = moved.reshape([per_layer.shape[axis] for axis in dims.w_batch] + [1] * (x_ndim - len(dims.x_batch)))
+    return jnp.transpose(laid, [order.index(axis) for axis in range(x_ndim)])
+
+
+def reshaped_input(per_layer: Array, old: Sequence[int], new: Sequence[int]) -> Array | None:
+    """What a weight brings along for its inputs, after the weight changes its shape; `None` where it can't follow."""
+    if per_layer.size == 1:
+        return per_layer.reshape([1] * len(new))
+    lead = max(axis for axis, size in enumerate(per_layer.shape) if size > 1) + 1
+    if tuple(old[:lead]) != tuple(new[:lead]):
+        return None
+    return per_layer.reshape(*per_layer.shape[:lead], *[1] * (len(new) - lead))

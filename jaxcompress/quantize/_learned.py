@@ -1,0 +1,212 @@
+"""Steps that are learned with the weights: LSQ, and PACT for the inputs."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import primitives
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxcompress.arrays import Leaf, Quantized, compressed, is_leaf, register
+from jaxcompress.arrays._inputs import input_limits
+from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.quantize._affine import Affine, _over_blocks, _spread, check_float
+from jaxcompress.quantize._fake import FakeQuantized
+from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
+from jaxcompress.quantize._steps import to_steps
+
+
+class Learned(Leaf):
+    """A float weight with the steps that it and its inputs are rounded to, all of them trained.
+
+    It stands in the tree of parameters where its weight stood, as a pytree of float arrays: gradients, optimizers and
+    checkpoints take it as it is. `compressed(fn)` rounds the weight, and the inputs where they meet it.
+    """
+
+    weight: Float[Array, "*shape"]
+    step: Float[Array, "*blocks"]
+    """Of the weight's grid, one a block, of the weight's rank."""
+    input_step: Float[Array, "*stack"] | None
+    """Of the inputs' grid, or its largest value where `input_rule` is "pact"; of the weight's rank. `None`: dynamic."""
+    bits: int = eqx.field(static=True)
+    symmetric: bool = eqx.field(static=True)
+    group: tuple[int, int] | None = eqx.field(static=True)
+    activation_bits: int | None = eqx.field(static=True)
+    input_rule: str | None = eqx.field(static=True)
+    """How the inputs' step learns: "lsq", "pact", or not at all."""
+    unsigned: bool = eqx.field(static=True)
+    """Whether all integers of the inputs' grid are for what is not negative."""
+
+    def aval(self) -> ShapedArray:
+        return ShapedArray(self.weight.shape, self.weight.dtype)
+
+    def materialise(self) -> Array:
+        """The rounded weight."""
+        spec, step = self._spec(), _spread(positive(self.step), self.weight.shape, self._spec())
+        count = self.weight.size // max(1, self.step.size)
+        return to_steps(self.weight, step, None, spec.limits, "lsq", count)
+
+    def view(self) -> Array | FakeQuantized:
+        """What stands for the weight during one call."""
+        weight = self.materialise()
+        if self.activation_bits is None:
+            return weight
+        if self.input_step is None:
+            return FakeQuantized(weight, self.activation_bits)
+        return FakeQuantized(weight, self.activation_bits, *self.input_grid(), input_rule=self.input_rule)
+
+    def input_grid(self) -> tuple[Array, Array | None]:
+        """Step and zero point (a constant, if any) of the inputs, of the weight's rank."""
+        assert self.activation_bits is not None and self.input_step is not None
+        low, high = input_limits(self.activation_bits, self.unsigned)
+        zero = jnp.full(self.input_step.shape, low, jnp.float32) if self.unsigned else None
+        step = positive(self.input_step)
+        return step / (high - low if self.unsigned else high) if self.input_rule == "pact" else step, zero
+
+    def integers(self) -> Quantized:
+        """The weight as integers on the steps that were learned."""
+        low, high = self._spec().limits
+        step = positive(self.step)
+        codes = jnp.round(self.weight.astype(jnp.float32) / _spread(step, self.weight.shape, self._spec()))
+        input_scale, input_zero_point = (None, None) if self.input_step is None else self.input_grid()
+        return Quantized.from_codes(
+            jnp.clip(codes, low, high),
+            step,
+            bits=next(bits for bits in (2, 4, 8) if self.bits <= bits),
+            dtype=self.weight.dtype,
+            group=self.group,
+            activation_bits=self.activation_bits,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+        )
+
+    def _spec(self) -> Affine:
+        return Affine(self.bits, group=self.group, symmetric=self.symmetric)
+
+
+def learn(
+    params: Any,
+    rules: Rules[Affine | None],
+    ranges: Mapping[str, Range] | None = None,
+    *,
+    inputs: Literal["lsq", "pact"] | None = "lsq",
+) -> Any:
+    """`params` with the chosen weights as `Learned` leaves, whose steps are trained with everything else.
+
+    Learned step size quantization (Esser et al. 2020): `q = round(clip(w / s, -Qn, Qp)) s`, whose gradient to `s` is
+    `round(w/s) - w/s` inside and the limit outside, times `1 / sqrt(n Qp)` for `n` weights (or features) a step. The
+    step begins at `2 mean|w| / sqrt(Qp)`.
+
+        ranges = quantize.input_ranges(model.apply, params, batches, rules, quantize.LeastSquares(), symmetric=False)
+        params = quantize.learn(params, rules, ranges)
+        loss = compressed(lambda params, x, labels: ...model.apply(params, x)...)  # and train it as ever
+        small = quantize.settle(params)  # Quantized leaves: what was trained, as integers
+
+    Args:
+      params: a tree of arrays.
+      rules: by path, the grid. `symmetric=False` uses the smallest integer too, as the paper does: with 2 bits, four
+        values instead of three. There is no zero point then either.
+      ranges: where the inputs' steps begin, from `input_ranges` with the same rules; without, the inputs of rules with
+        `activation_bits` get steps as they come. Inputs that are never negative get all integers for what is positive.
+      inputs: how the inputs' steps learn. "pact": the largest value is learned (Choi et al. 2018, equation 3), from
+        what is clipped only; the paper has a weight decay on it (the leaf's `input_step`). `None`: they stay.
+
+    Raises:
+      UnmatchedRuleError: a rule matches no parameter.
+      ValueError, TypeError: ranges that don't fit the rules; a weight that can't be quantized, named by its path.
+    """
+    if inputs not in ("lsq", "pact", None):
+        raise ValueError(f"inputs is 'lsq', 'pact' or None, got {inputs!r}")
+    leaves = named_leaves(params, is_leaf)
+    specs = match(rules, [name for name, _ in leaves], None)
+    if ranges is not None:
+        check_ranges(ranges, [n for (n, _), s in zip(leaves, specs, strict=True) if s and s.activation_bits])
+    made = [
+        x if spec is None else _learned(name, x, spec, None if ranges is None else ranges.get(name), inputs)
+        for (name, x), spec in zip(leaves, specs, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), made)
+
+
+def settle(params: Any) -> Any:
+    """`params` with each `Learned` leaf as the `Quantized` leaf of the integers that it was trained to round to."""
+    return jax.tree.map(lambda x: x.integers() if isinstance(x, Learned) else x, params, is_leaf=is_leaf)
+
+
+def positive(step: Array) -> Array:
+    """A step as it is used: training may carry it through zero."""
+    return jnp.maximum(jnp.abs(step), 1e-30)
+
+
+def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: str | None) -> Learned:
+    if not isinstance(spec, Affine):
+        raise TypeError(f"{name!r}: steps are learned of an Affine grid, got the rule {spec!r}")
+    if is_leaf(weight):
+        raise TypeError(f"{name!r} is a {type(weight).__name__} already; steps are learned of float weights")
+    try:
+        weight = check_float(weight)
+        mean = _over_blocks(jnp.mean, jnp.abs(weight.astype(jnp.float32)), spec)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"cannot quantize {name!r}: {error}") from error
+    step = 2 * mean / jnp.sqrt(jnp.float32(spec.limits[1]))
+    unsigned, input_step = False, None
+    if low_high is not None:
+        bits, unsigned = spec.activation_bits or 8, bool((low_high.low >= 0).all() and (low_high.high > 0).any())
+        size = jnp.maximum(-low_high.low, low_high.high)
+        covered = Range(0 * size if unsigned else -size, size)
+        input_step, _ = steps_of(name, Range(*map(jax.device_get, covered)), weight.ndim, bits)
+        if rule == "pact":
+            low, high = input_limits(bits, unsigned)
+            input_step = input_step * (high - low if unsigned else high)
+    return Learned(
+        weight=weight,
+        step=jnp.where(step > 1e-30, step, 1.0),
+        input_step=input_step,
+        bits=spec.bits,
+        symmetric=spec.symmetric,
+        group=None if spec.group is None else (spec.group[0] % weight.ndim - weight.ndim, spec.group[1]),
+        activation_bits=spec.activation_bits,
+        input_rule=None if low_high is None else rule,
+        unsigned=unsigned,
+    )
+
+
+def _as_its_view(primitive: Any) -> None:
+    def run(params: Any, *operands: Any) -> Any:
+        viewed = [x.view() if isinstance(x, Learned) else x for x in operands]
+        return compressed(functools.partial(primitive.bind, **params))(*viewed)
+
+    @register(primitive)
+    def _alone(w: Learned, **params: Any) -> Any:
+        return run(params, w)
+
+    if primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
+
+        @register(primitive)
+        def _behind(x: ArrayLike, w: Learned, **params: Any) -> Any:
+            return run(params, x, w)
+
+    if primitive in (lax.dot_general_p, lax.gather_p):
+
+        @register(primitive)
+        def _in_front(w: Learned, x: ArrayLike, **params: Any) -> Any:
+            return run(params, w, x)
+
+
+for _primitive in (
+    lax.dot_general_p,
+    lax.conv_general_dilated_p,
+    lax.gather_p,
+    lax.transpose_p,
+    lax.reshape_p,
+    lax.squeeze_p,
+    lax.rev_p,
+    lax.convert_element_type_p,
+    primitives.sharding_constraint_p,
+):
+    _as_its_view(_primitive)

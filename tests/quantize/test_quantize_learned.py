@@ -1,0 +1,174 @@
+"""Learned steps: the papers' gradients, that they are used in training, and that integers follow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax import lax
+from sklearn.datasets import load_digits
+
+from jaxcompress import quantize
+from jaxcompress.arrays import Quantized, compressed, is_leaf, watch
+from jaxcompress.quantize import Affine, Range
+from jaxcompress.quantize._steps import to_steps
+
+
+def paper(v, s, low, high):
+    """Esser et al. 2020, equation 3, an element at a time."""
+    if v / s <= low:
+        return low
+    if v / s >= high:
+        return high
+    return np.round(v / s) - v / s
+
+
+def test_lsq_gradients_are_the_papers(rng):
+    v, upstream, s = rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), np.asarray([[0.3, 0.2, 0.9, 0.4]])
+
+    def loss(v, s):
+        return jnp.sum(to_steps(v, s, None, (-4, 3), "lsq", 5) * upstream)
+
+    to_v, to_s = jax.grad(loss, (0, 1))(jnp.float32(v), jnp.float32(s))
+    np.testing.assert_array_equal(to_v, np.float32(np.where((v / s >= -4) & (v / s <= 3), upstream, 0)))
+    expected = [sum(upstream[i, j] * paper(v[i, j], s[0, j], -4, 3) for i in range(5)) for j in range(4)]
+    np.testing.assert_allclose(to_s[0], np.asarray(expected) / np.sqrt(5 * 3), rtol=1e-5)
+
+
+def test_pact_gradient_is_the_papers(rng):
+    """`alpha` gets the gradients of what is above it; inside nothing, below zero nothing (equation 3)."""
+    x, upstream = rng.normal(size=(6, 3)) * 2, rng.normal(size=(6, 2))
+    w = rng.normal(size=(3, 2))
+    params = {"w": jnp.float32(w)}
+    rules = {"w": Affine(8, activation_bits=4)}
+    learned = quantize.learn(params, rules, {"w": Range(np.float32(0), np.float32(1.25))}, inputs="pact")
+    assert float(learned["w"].input_step.reshape(())) == pytest.approx(1.25)
+    loss = compressed(lambda p, x: jnp.sum(x @ p["w"] * upstream))
+    to_params, to_x = jax.grad(loss, (0, 1))(learned, jnp.float32(x))
+    through = upstream @ np.asarray(learned["w"].materialise()).T
+    np.testing.assert_allclose(to_params["w"].input_step.reshape(()), np.sum(through * (x > 1.25)), rtol=1e-4)
+    np.testing.assert_allclose(to_x, np.where((x >= 0) & (x <= 1.25), through, 0), rtol=1e-4, atol=1e-6)
+    fixed = quantize.learn(params, rules, {"w": Range(np.float32(0), np.float32(1.25))}, inputs=None)
+    assert not jax.grad(loss)(fixed, jnp.float32(x))["w"].input_step.any()
+
+
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+
+
+def network(p, x):
+    return jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"] + p["b"]["bias"]
+
+
+def loss_of(apply, p, x, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(apply(p, x), labels).mean()
+
+
+def test_training_at_two_bits_beats_steps_that_follow_the_largest_weight(tmp_path):
+    """Two bits for weights and inputs. The leaves train, save and restore like any parameters, and become integers."""
+    x, labels = digits()
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "a": {"kernel": jax.random.normal(keys[0], (64, 32)) / 8, "bias": jnp.zeros(32)},
+        "b": {"kernel": jax.random.normal(keys[1], (32, 10)) / 6, "bias": jnp.zeros(10)},
+    }
+    rules = {"kernel$": Affine(2, symmetric=False, axes=(), activation_bits=2)}
+
+    def train(loss, params, rate, steps=150):
+        tx = optax.adam(rate)
+
+        @jax.jit
+        def run(params):
+            def step(carry, _):
+                params, state = carry
+                updates, state = tx.update(jax.grad(loss)(params), state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return lax.scan(step, (params, tx.init(params)), None, length=steps)[0][0]
+
+        return run(params)
+
+    trained = train(lambda p: loss_of(network, p, x, labels), params, 1e-2)
+    ranges = quantize.input_ranges(network, trained, [x], rules, quantize.LeastSquares(), symmetric=False)
+    learned = quantize.learn(trained, rules, ranges)
+    assert learned["b"]["kernel"].unsigned
+    apply = compressed(network, strict=True)
+    learned = train(lambda p: loss_of(apply, p, x, labels), learned, 5e-3)
+    faked = quantize.fake(network, {"kernel$": Affine(2, axes=(), activation_bits=2)})
+    dynamic = train(lambda p: loss_of(faked, p, x, labels), trained, 5e-3)
+    assert float(loss_of(apply, learned, x, labels)) < 0.5 * float(loss_of(faked, dynamic, x, labels))
+
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "step", learned)
+        saver.wait_until_finished()
+        back = saver.restore(tmp_path / "step", jax.eval_shape(lambda: learned))
+    assert jax.tree.structure(back) == jax.tree.structure(learned)
+    jax.tree.map(np.testing.assert_array_equal, back, learned)
+
+    small = quantize.settle(learned)
+    assert all(x.bits == 2 for x in jax.tree.leaves(small, is_leaf=is_leaf) if isinstance(x, Quantized))
+    with watch() as hits:
+        out = jax.jit(apply)(small, x)
+    assert hits[("Quantized", "dot_general", "rule")] == 2
+    np.testing.assert_allclose(out, apply(learned, x), rtol=1e-4, atol=1e-4)
+    assert set(np.unique(small["a"]["kernel"].codes())) == {-2, -1, 0, 1}
+
+
+def test_convolutions_transposes_lookups_groups_and_stacks(rng):
+    """Wherever a weight goes, what is trained is what the integers compute."""
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 4)), jnp.float32)
+    params = {
+        "conv": jnp.asarray(rng.normal(size=(3, 3, 4, 4)), jnp.float32),
+        "turned": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32),
+        "grouped": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32),
+        "stack": jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32),
+        "table": jnp.asarray(rng.normal(size=(7, 4)), jnp.float32),
+    }
+
+    def fn(p, x):
+        y = lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jnp.tanh(y) @ p["turned"].T.astype(jnp.float32) @ p["grouped"]
+        y = lax.scan(lambda y, w: (jnp.tanh(y) @ w, None), y, p["stack"])[0]
+        return y + p["table"][jnp.asarray([3])]
+
+    rules = [
+        ("conv", Affine(4, activation_bits=8)),
+        ("turned", Affine(3, axes=(0,), activation_bits=8)),
+        ("grouped", Affine(8, group=(0, 2), activation_bits=16)),
+        ("stack", Affine(8, axes=(0, -1), activation_bits=8)),
+        ("table", Affine(8, axes=(0,))),
+    ]
+
+    ranges = quantize.input_ranges(fn, params, [x], rules)
+    assert ranges["stack"].high.shape == (3,)
+    learned = quantize.learn(params, rules, ranges)
+    run = jax.jit(compressed(fn, strict=True))
+    np.testing.assert_allclose(run(learned, x), run(quantize.settle(learned), x), rtol=1e-4, atol=1e-4)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(compressed(fn)(p, x) ** 2)))(learned)
+    for g in jax.tree.leaves(grads):
+        assert np.all(np.isfinite(g)) and np.any(g != 0)
+
+
+def test_zero_weights_and_steps_that_cross_zero():
+    params = {"w": jnp.zeros((3, 2))}
+    learned = quantize.learn(params, {"w": Affine(4, activation_bits=4)}, {"w": Range(np.float32(0), np.float32(0))})
+    value, grads = jax.value_and_grad(compressed(lambda p: jnp.sum((jnp.ones((1, 3)) @ p["w"]) ** 2)))(learned)
+    assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    negative = jax.tree.map(lambda x: -x, learned)
+    assert np.all(np.isfinite(quantize.settle(negative)["w"].scale))
+
+
+def test_refuses():
+    params = {"w": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match="'lsq', 'pact' or None"):
+        quantize.learn(params, {"w": Affine()}, inputs="ema")
+    with pytest.raises(TypeError, match="'w': steps are learned of an Affine grid"):
+        quantize.learn(params, {"w": quantize.Binary()})
+    with pytest.raises(TypeError, match="'w' is a Quantized already"):
+        quantize.learn(quantize.convert(params, {"w": Affine()}), {"w": Affine()})
+    with pytest.raises(ValueError, match="cannot quantize 'w'"):
+        quantize.learn({"w": jnp.full((2, 2), jnp.nan)}, {"w": Affine()})
+    with pytest.raises(ValueError, match=r"none for \['w'\]"):
+        quantize.learn(params, {"w": Affine(activation_bits=8)}, {})

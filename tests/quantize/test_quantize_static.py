@@ -1,0 +1,218 @@
+"""Inputs on grids that are known beforehand: integers against an oracle, and training under the same integers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import jaxcompress.nnx
+from jaxcompress import quantize
+from jaxcompress.arrays import compressed, watch
+from jaxcompress.quantize import Affine, MinMax, Range
+
+RULES = {"kernel$": Affine(8, activation_bits=8)}
+
+
+def oracle(x, low, high, bits=8):
+    """Codes less their zero point, and the step, in float64 NumPy: written down a second time."""
+    top = 2 ** (bits - 1) - 1
+    x = np.asarray(x, np.float32)
+    if low == -high:
+        step = np.float32(high / top)
+        return np.clip(np.round(x / step), -top, top).astype(np.int64), float(step)
+    step = np.float32((high - low) / (2**bits - 1))
+    zero = np.round(-top - 1 - low / float(step))
+    return (np.clip(np.round(x / step) + zero, -top - 1, top) - zero).astype(np.int64), float(step)
+
+
+RANGES = {"symmetric": Range(np.float32(-2.0), np.float32(2.0)), "asymmetric": Range(np.float32(-0.6), np.float32(2.5))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        ("asymmetric", 8),
+        ("asymmetric", 16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("symmetric", 8), ("symmetric", 16), ("asymmetric", 4)]
+        ),
+    ],
+)
+def test_products_are_exact(kind, bits, rng):
+    """Every product against int64: what is clipped, what has a zero point, what is packed, batched, grouped."""
+    low_high = RANGES[kind]
+    x = jnp.asarray(rng.normal(size=(6, 300)) * 1.5, jnp.float32)
+    w = jnp.asarray(rng.normal(size=(300, 6)), jnp.float32)
+    codes, step = oracle(x, *map(float, low_high), bits)
+    cases = {
+        "x @ w": (Affine(8, activation_bits=bits), lambda w, x: x @ w),
+        "w.T @ x.T": (Affine(4, activation_bits=bits), lambda w, x: (w.T @ x.T).T),
+        "batched": (
+            Affine(8, activation_bits=bits),
+            lambda w, x: jnp.einsum("bki,kio->bo", x.reshape(6, 3, 100), w.reshape(3, 100, 6)),
+        ),
+        "grouped": (Affine(8, group=(0, 70), activation_bits=bits), lambda w, x: x @ w),
+        "asymmetric weights": (Affine(8, symmetric=False, activation_bits=bits), lambda w, x: x @ w),
+    }
+
+    @jax.jit
+    def all_of(leaves, x):
+        return {name: compressed(fn, strict=True)(leaves[name], x) for name, (_, fn) in cases.items()}
+
+    leaves = {
+        name: quantize.static({"w": quantize.quantize(w, spec)}, {"w": low_high})["w"]
+        for name, (spec, _) in cases.items()
+    }
+    for name, out in all_of(leaves, x).items():
+        q = leaves[name]
+        if name == "grouped":
+            scale = np.asarray(q.scale, np.float64)
+            sums = [codes[:, i : i + 70] @ np.asarray(q.codes(), np.int64)[i : i + 70] for i in range(0, 300, 70)]
+            expected = sum(s * scale[g] for g, s in enumerate(sums)) * step
+        else:
+            expected = (codes @ np.asarray(q.centred(jnp.int32), np.int64)) * step * np.asarray(q.scale, np.float64)
+        np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-4 if "weights" in name or "grouped" in name else 0)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("asymmetric", 2), pytest.param("symmetric", 1, marks=pytest.mark.slow)])
+def test_convolutions_are_exact_at_the_border_too(kind, groups, rng):
+    low_high = RANGES[kind]
+    x = rng.normal(size=(2, 5, 6, 4)).astype(np.float32)
+    w = jnp.asarray(rng.normal(size=(3, 3, 4 // groups, 6)), jnp.float32)
+    q = quantize.static({"w": quantize.quantize(w, Affine(8, activation_bits=8))}, {"w": low_high})["w"]
+
+    def convolve(w, x):
+        return lax.conv_general_dilated(
+            x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    run = jax.jit(compressed(convolve, strict=True))
+    codes, step = oracle(x, *map(float, low_high))
+    padded = np.pad(codes, [(0, 0), (1, 1), (1, 1), (0, 0)])  # of what is less its zero point
+    weight = np.asarray(q.codes(), np.int64)
+    sums = np.zeros((2, 3, 6, 6), np.int64)
+    for i in range(3):
+        for j in range(6):
+            for o in range(6):
+                channels = slice(o // (6 // groups) * (4 // groups), (o // (6 // groups) + 1) * (4 // groups))
+                patch = padded[:, 2 * i : 2 * i + 3, j : j + 3, channels]
+                sums[:, i, j, o] = np.sum(patch * weight[None, ..., o], axis=(1, 2, 3))
+    scale = np.asarray(q.scale, np.float64).reshape(-1)
+    np.testing.assert_allclose(run(q, x), sums * step * scale, rtol=1e-6)
+    assert "xi8>" in run.lower(q, x).as_text() and "f32>, tensor<3x3" not in run.lower(q, x).as_text()
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x)).reshape(x.shape[0], 6, -1)
+        x = nn.RNN(nn.GRUCell(5))(x)
+        x = nn.relu(nn.DenseGeneral((2, 3), axis=(-2, -1))(x))
+        return nn.DenseGeneral(4, axis=(-2, -1))(x)
+
+
+@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_rounds_to_what_integers_compute(symmetric, rng):
+    """A network of convolution, recurrence and kernels of rank 3; static, with fake quantization in float."""
+    batches = [jnp.asarray(rng.normal(size=(4, 6, 4, 2)), jnp.float32) for _ in range(2)]
+    model = Net()
+    variables = model.init(jax.random.key(0), batches[0])
+    ranges = quantize.input_ranges(model.apply, variables, batches, RULES, symmetric=symmetric)
+    assert len(ranges) == 1 + 6 + 2
+    if not symmetric:  # behind rectifiers nothing is negative, and all integers are used
+        assert ranges["DenseGeneral_1/kernel"].low == 0 < ranges["DenseGeneral_1/kernel"].high
+    small = quantize.static(quantize.convert(variables, RULES), ranges)
+    with watch() as hits:
+        out = jax.jit(compressed(model.apply, strict=True))(small, batches[0])
+    assert sum(n for (_, name, how), n in hits.items() if how == "rule" and name.startswith(("dot", "conv"))) >= 9
+    faked = jax.jit(quantize.fake(model.apply, RULES, ranges))(variables, batches[0])
+    np.testing.assert_allclose(out, faked, rtol=1e-4, atol=1e-5)
+    dynamic = compressed(model.apply)(quantize.convert(variables, RULES), batches[0])
+    assert not np.allclose(out, dynamic, rtol=1e-4, atol=1e-5)
+
+
+def test_the_codes_of_training_and_of_integers_are_equal(rng):
+    x = jnp.asarray(rng.normal(size=(50, 40)) * 2, jnp.float32)
+    for low_high in RANGES.values():
+        q = quantize.static({"w": quantize.quantize(jnp.eye(40), RULES["kernel$"])}, {"w": low_high})["w"]
+        rules = {"w": Affine(8, activation_bits=8)}
+        rounded = quantize.fake(lambda p, x: x @ p["w"], rules, {"w": low_high})({"w": jnp.eye(40)}, x)
+        integers = compressed(lambda w, x: x @ w)(q, x)
+        codes, step = oracle(x, *map(float, low_high))
+        np.testing.assert_array_equal(np.round(np.float64(rounded) / step), codes)
+        np.testing.assert_array_equal(np.round(np.float64(integers) / step), codes)
+
+
+def test_stacked_weights_have_a_range_a_layer(rng):
+    x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 4, 4)) * [[[1.0]], [[10.0]], [[0.1]]], jnp.float32)}
+    rules = {"kernel$": Affine(8, axes=(0, -1), activation_bits=8)}
+
+    def scanned(p, x):
+        return lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x) @ w, None)), x, p["kernel"])[0]
+
+    def unrolled(p, x):
+        for i in range(3):
+            x = jnp.tanh(x) @ p["kernel"][i]
+        return x
+
+    ranges = quantize.input_ranges(scanned, params, [x], rules)
+    layers, y = [], np.asarray(x)
+    for i in range(3):
+        layers.append(np.max(np.abs(np.tanh(y))))
+        y = np.tanh(y) @ np.asarray(params["kernel"][i])
+    np.testing.assert_allclose(ranges["kernel"].high, layers, rtol=1e-5)
+    small = quantize.static(quantize.convert(params, rules), ranges)
+    out = jax.jit(compressed(scanned, strict=True))(small, x)
+    np.testing.assert_allclose(out, quantize.fake(scanned, rules, ranges)(params, x), rtol=1e-4, atol=1e-4)
+    alone = x
+    for i in range(3):
+        one = {"kernel": quantize.convert({"kernel": params["kernel"][i]}, RULES)["kernel"]}
+        one = quantize.static(one, {"kernel": Range(ranges["kernel"].low[i], ranges["kernel"].high[i])})
+        alone = compressed(lambda p, x: jnp.tanh(x) @ p["kernel"])(one, alone)
+    np.testing.assert_allclose(out, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_nnx_models_take_ranges_too(rng):
+    model, x = nnx.Linear(6, 3, rngs=nnx.Rngs(0)), jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    apply, params, rest = jaxcompress.nnx.functional(model)
+    ranges = quantize.input_ranges(lambda p, x: apply(p, rest, x)[0], params, [x], RULES)
+    small = quantize.static(quantize.convert(params, RULES), ranges)
+    out, _ = compressed(apply, strict=True)(small, rest, x)
+    np.testing.assert_allclose(out, model(x), atol=0.05)
+
+
+def test_what_is_outside_gets_no_gradient():
+    low_high = {"w": Range(np.float32(-1.0), np.float32(1.0))}
+    fake = quantize.fake(lambda p, x: jnp.sum(x * 3 @ p["w"]), {"w": Affine(8, activation_bits=8)}, low_high)
+    grads = jax.grad(fake, argnums=1)({"w": jnp.ones((3, 1))}, jnp.asarray([[0.1, 0.5, -9.0]]))
+    np.testing.assert_allclose(grads, [[3.0, 0.0, 0.0]])
+
+
+def test_refuses(rng):
+    params, x = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jnp.ones((2, 4))
+
+    def fn(p, x):
+        return x @ p["kernel"] + p["bias"]
+
+    small = quantize.convert(params, RULES)
+    good = quantize.input_ranges(fn, params, [x], RULES)
+    for ranges, message in [
+        ({}, r"none for \['kernel'\]"),
+        ({**good, "bias": good["kernel"]}, r"spare for \['bias'\]"),
+        ({"kernel": Range(np.float32(1), np.float32(2))}, "must hold zero"),
+        ({"kernel": Range(np.float32(0), np.float32(np.inf))}, "no grid for inputs"),
+        ({"kernel": Range(np.zeros((2, 2)), np.ones((2, 2)))}, "no grid for inputs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quantize.static(small, ranges)
+        with pytest.raises(ValueError, match=message):
+            quantize.fake(fn, RULES, ranges)(params, x)
+    with pytest.raises(ValueError, match="no rule asks for quantized inputs"):
+        quantize.input_ranges(fn, params, [x], {"kernel$": Affine(8)})
+    with pytest.raises(ValueError, match="momentum"):
+        MinMax(momentum=1.0)
