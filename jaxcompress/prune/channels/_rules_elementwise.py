@@ -1,0 +1,158 @@
+"""Rules of the primitives that work index by index: the labels of the operands must agree, axis by axis.
+
+They also say where a slice that is zero stays zero (`0 * x`, `max(0, x)`, `tanh(0)`), which decides whether a sum over
+it is exact. JAX lets operands have no axes, or axes of size 1, where the result has more: these have no say.
+"""
+
+from jaxcompress.prune.channels._labels import Label
+from jaxcompress.prune.channels._tape import Call, Tracer, Value, concrete, rule
+
+_PASSES = (
+    "convert_element_type copy copy_p device_put layout_constraint mesh_cast name pvary reduce_precision reduced_pvary "
+    "sharding_constraint stop_gradient"
+)
+_ZERO_TO_ZERO = (
+    "abs asin asinh atan atanh cbrt ceil conj erf erf_inv expm1 floor imag log1p neg population_count real round sign "
+    "sin sinh sqrt square tan tanh"
+)
+_OTHER_UNARY = (
+    "acos acosh bessel_i0e bessel_i1e clz cos cosh digamma erfc exp exp2 is_finite lgamma log logistic not rsqrt"
+)
+_ZERO_IF_ALL_ARE = "add add_any complex nextafter or shift_left shift_right_arithmetic shift_right_logical sub xor"
+_OTHER_NARY = (
+    "atan2 eq eq_to ge gt igamma igamma_grad_a igammac le le_to lt lt_to ne polygamma pow random_fold_in "
+    "regularized_incomplete_beta rem threefry2x32 zeta"
+)
+
+
+@rule(*_PASSES.split())
+def _pass(tracer: Tracer, call: Call) -> list[Value]:
+    (x,) = call.inputs
+    return [tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed)]
+
+
+@rule("optimization_barrier")
+def _each(tracer: Tracer, call: Call) -> list[Value]:
+    pairs = zip(call.avals, call.inputs, strict=True)
+    return [tracer.value(aval, x.labels, x.zero, source=x.source, summed=x.summed) for aval, x in pairs]
+
+
+@rule(*_ZERO_TO_ZERO.split())
+def _zero_to_zero(tracer: Tracer, call: Call) -> list[Value]:
+    (x,) = call.inputs
+    return [tracer.value(call.avals[0], x.labels, x.zero)]
+
+
+@rule("integer_pow")
+def _integer_pow(tracer: Tracer, call: Call) -> list[Value]:
+    (x,) = call.inputs
+    return [tracer.value(call.avals[0], x.labels, x.zero if call.params["y"] > 0 else None)]
+
+
+@rule(*_OTHER_UNARY.split())
+def _other_unary(tracer: Tracer, call: Call) -> list[Value]:
+    return [tracer.value(call.avals[0], call.inputs[0].labels)]
+
+
+@rule("bitcast_convert_type")
+def _bitcast(tracer: Tracer, call: Call) -> list[Value]:
+    (x,), (aval,) = call.inputs, call.avals
+    if aval.shape != x.shape:
+        tracer.freeze(x, range(x.ndim), "bits are read as another number of values")
+        return [tracer.value(aval)]
+    return [tracer.value(aval, x.labels, x.zero)]
+
+
+@rule(*_ZERO_IF_ALL_ARE.split())
+def _sum_like(tracer: Tracer, call: Call) -> list[Value]:
+    zero = [all(_zero(x, axis, call) for x in call.inputs) for axis in range(len(call.avals[0].shape))]
+    if len(call.inputs) == 2:
+        _mark(tracer, call, "shift")
+    return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
+
+
+@rule("mul", "and")
+def _product_like(tracer: Tracer, call: Call) -> list[Value]:
+    zero = [any(_zero(x, axis, call) for x in call.inputs) for axis in range(len(call.avals[0].shape))]
+    _mark(tracer, call, "scale")
+    sources = [x.source for x in call.inputs if x.source is not None]
+    scaled = len(sources) == 1 and any(x.ndim == 0 for x in call.inputs)
+    return [tracer.value(call.avals[0], aligned(tracer, call), zero, source=sources[0] if scaled else None)]
+
+
+@rule("div")
+def _div(tracer: Tracer, call: Call) -> list[Value]:
+    x, by = call.inputs
+    zero = [_zero(x, axis, call) and not _zero(by, axis, call) for axis in range(len(call.avals[0].shape))]
+    mean = x.summed is not None and by.ndim == 0 and (width := concrete(by)) is not None and width == x.summed[1]
+    if mean:
+        call.extra, call.run = x.summed, _mean
+    return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
+
+
+@rule("max", "min")
+def _extremum(tracer: Tracer, call: Call) -> list[Value]:
+    def bounds(x: Value) -> bool:  # a constant beyond zero, on the side where zero wins
+        constant = concrete(x) if x.ndim == 0 else None
+        return constant is not None and bool(constant <= 0 if call.name == "max" else constant >= 0)
+
+    axes = range(len(call.avals[0].shape))
+    zero = [
+        all(_zero(x, axis, call) or bounds(x) for x in call.inputs) and any(_zero(x, axis, call) for x in call.inputs)
+        for axis in axes
+    ]
+    return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
+
+
+@rule("clamp")
+def _clamp(tracer: Tracer, call: Call) -> list[Value]:
+    low, x, high = call.inputs
+    ends = [concrete(v) if v.ndim == 0 else None for v in (low, high)]
+    through = ends[0] is not None and ends[1] is not None and bool(ends[0] <= 0 <= ends[1])
+    return [tracer.value(call.avals[0], aligned(tracer, call), x.zero if through else None)]
+
+
+@rule("select_n")
+def _select(tracer: Tracer, call: Call) -> list[Value]:
+    cases = call.inputs[1:]
+    zero = [all(_zero(x, axis, call) for x in cases) for axis in range(len(call.avals[0].shape))]
+    return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
+
+
+@rule(*_OTHER_NARY.split())
+def _other_nary(tracer: Tracer, call: Call) -> list[Value]:
+    labels = aligned(tracer, call)
+    return [tracer.value(aval, labels if aval.shape == call.avals[0].shape else None) for aval in call.avals]
+
+
+def aligned(tracer: Tracer, call: Call) -> list[Label]:
+    """The labels of a result whose operands agree index by index."""
+    shape, labels = call.avals[0].shape, []
+    for axis, n in enumerate(shape):
+        along = [x.labels[axis] for x in call.inputs if x.ndim == len(shape) and x.shape[axis] == n]
+        for label in along[1:]:
+            tracer.atoms.unify(along[0], label, f"meets a whole axis in {call.name!r}")
+        labels.append(along[0] if along else None)
+    return labels
+
+
+def _zero(x: Value, axis: int, call: Call) -> bool:
+    """Whether an operand is zero where the result's axis is cut."""
+    shape = call.avals[0].shape
+    has_axis = x.ndim == len(shape) and x.shape[axis] == shape[axis]
+    return x.is_zero or (has_axis and x.zero[axis])
+
+
+def _mark(tracer: Tracer, call: Call, role: str) -> None:
+    a, b = call.inputs
+    for x, other in ((a, b), (b, a)):
+        if x.source is not None and other.source is None and other.ndim == x.ndim:
+            for axis in range(x.ndim):
+                tracer.mark(x, axis, role)
+
+
+def _mean(runner, step, inputs):  # type: ignore[no-untyped-def]
+    x, by = inputs
+    labels, width = step.extra
+    kept = runner.width(labels, width)
+    return [step.primitive.bind(x, by if kept is None else by * 0 + kept, **step.params)]

@@ -1,0 +1,165 @@
+"""Rules of gathers, scatters and slices at computed places: an axis that is indexed stays whole, others pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from jaxcompress.prune.channels._labels import Label
+from jaxcompress.prune.channels._rules_shape import chosen, pick, take
+from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, concrete, rule
+
+
+@rule("dynamic_slice", run=lambda runner, step, inputs: _dynamic_slice_run(runner, step, inputs), raw=True)
+def _dynamic_slice(tracer: Tracer, call: Call) -> list[Value]:
+    x, sizes = tracer.use(call.inputs[0], call.tape), call.params["slice_sizes"]
+    starts = [concrete(start) for start in call.inputs[1:]]
+    call.inputs = [x, *call.inputs[1:]]
+    if all(start is not None for start in starts):  # places known while tracing
+        clamped = [int(np.clip(s, 0, n - k)) for s, n, k in zip(starts, x.shape, sizes, strict=True)]  # type: ignore
+        call.extra = [np.arange(s, s + k) for s, k in zip(clamped, sizes, strict=True)]
+        call.run = lambda runner, step, inputs: [take(runner, inputs[0], step.inputs[0], step.extra)]
+        return [chosen(tracer, call, x, call.extra)]
+    whole = [k == n for k, n in zip(sizes, x.shape, strict=True)]
+    tracer.freeze(x, [i for i in range(x.ndim) if not whole[i]], "it is sliced at a place that is computed")
+    labels = [label if whole[i] else None for i, label in enumerate(x.labels)]
+    return [tracer.value(call.avals[0], labels, x.zero, source=x.source)]
+
+
+def _dynamic_slice_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
+    return [lax.dynamic_slice(inputs[0], inputs[1:], runner.shape(step.outputs[0]))]
+
+
+@rule("dynamic_update_slice", raw=True)
+def _dynamic_update_slice(tracer: Tracer, call: Call) -> list[Value]:
+    x, update = (tracer.use(v, call.tape) for v in call.inputs[:2])
+    call.inputs = [x, update, *call.inputs[2:]]
+    labels: list[Label] = []
+    zero = []
+    for axis, n in enumerate(x.shape):
+        if update.shape[axis] == n:
+            tracer.atoms.unify(x.labels[axis], update.labels[axis], "written into a whole axis")
+            labels.append(x.labels[axis])
+        else:
+            for v in (x, update):
+                tracer.freeze(v, [axis], "it is written to at a place that is computed")
+            labels.append(None)
+        zero.append(x.zero[axis] and update.zero[axis])
+    return [tracer.value(call.avals[0], labels, zero)]
+
+
+@rule("gather", run=lambda runner, step, inputs: _gather_run(runner, step, inputs), raw=True)
+def _gather(tracer: Tracer, call: Call) -> list[Value]:
+    numbers, sizes = call.params["dimension_numbers"], call.params["slice_sizes"]
+    x = tracer.use(call.inputs[0], call.tape)
+    static = _static(x, call.inputs[1], numbers, sizes)
+    if static is not None:
+        call.inputs, call.extra, call.run = [x], static, _static_run
+        return [_selected(tracer, call, x, *static)]
+    indices_value = tracer.use(call.inputs[1], call.tape)
+    call.inputs = [x, indices_value]
+    batch = {d: j for d, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)}
+    windows = [d for d in range(x.ndim) if d not in numbers.collapsed_slice_dims and d not in batch]
+    passing = [d for d in windows if sizes[d] == x.shape[d] and d not in numbers.start_index_map]
+    for d, j in batch.items():
+        tracer.atoms.unify(x.labels[d], indices_value.labels[j], "a batch axis of a lookup in a whole one")
+    tracer.freeze(x, [d for d in range(x.ndim) if d not in passing and d not in batch], "it is indexed")
+    tracer.freeze(indices_value, [indices_value.ndim - 1], "the coordinates of a lookup")
+    rows = iter(range(indices_value.ndim - 1))
+    labels, zero, axes = [], [], []
+    for axis in range(len(call.avals[0].shape)):
+        if axis in numbers.offset_dims:
+            d = windows[numbers.offset_dims.index(axis)]
+            labels.append(x.labels[d] if d in passing else None)
+            zero.append(x.zero[d])
+            axes.append(x.source[1][d] if x.source is not None else ())
+        else:
+            j = next(rows)
+            labels.append(indices_value.labels[j])
+            zero.append(any(x.zero[d] for d, k in batch.items() if k == j))
+            axes.append(())
+    call.extra = passing
+    source = (x.source[0], tuple(axes)) if x.source is not None else None
+    return [tracer.value(call.avals[0], labels, zero, source=source)]  # type: ignore[arg-type]
+
+
+def _gather_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
+    x, shape = step.inputs[0], runner.shape(step.inputs[0])
+    sizes = tuple(shape[d] if d in step.extra else size for d, size in enumerate(step.params["slice_sizes"]))
+    assert len(sizes) == x.ndim
+    return [step.primitive.bind(*inputs, **{**step.params, "slice_sizes": sizes})]
+
+
+def _static(x: Value, indices: Value, numbers: Any, sizes: Sequence[int]) -> tuple[int, np.ndarray, int] | None:
+    """(axis, its indices, where they stand in the result) of a lookup along one axis at places known while tracing."""
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims or indices.ndim != 2 or indices.shape[1] != 1:
+        return None
+    (axis,) = numbers.start_index_map
+    whole = all(sizes[d] == n for d, n in enumerate(x.shape) if d != axis)
+    if tuple(numbers.collapsed_slice_dims) != (axis,) or sizes[axis] != 1 or not whole:
+        return None
+    found = concrete(indices)
+    if found is None or (found < 0).any() or (found >= x.shape[axis]).any() or not found.size:
+        return None
+    (place,) = [i for i in range(x.ndim) if i not in numbers.offset_dims]
+    return axis, found[:, 0].astype(np.int64), place
+
+
+def _selected(tracer: Tracer, call: Call, x: Value, axis: int, indices: np.ndarray, place: int) -> Value:
+    labels, zero, axes = list(x.labels), list(x.zero), list(x.source[1]) if x.source is not None else []
+    label = labels.pop(axis)
+    labels.insert(
+        place, tracer.piece(label[indices], "a single index is used by itself") if label is not None else None
+    )
+    zero.insert(place, zero.pop(axis))
+    if x.source is None:
+        return tracer.value(call.avals[0], labels, zero)
+    axes.insert(place, axes.pop(axis))
+    return tracer.value(call.avals[0], labels, zero, source=(x.source[0], tuple(axes)))
+
+
+def _static_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
+    axis, indices, place = step.extra
+    value = step.inputs[0]
+    left = runner.positions(value.labels[axis], value.shape[axis])
+    wanted = indices[np.isin(indices, left)]
+    x = pick(inputs[0], np.searchsorted(left, wanted), axis)
+    order = [d for d in range(value.ndim) if d != axis]
+    order.insert(place, axis)
+    return [lax.transpose(x, order)]
+
+
+@rule("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter_add", "scatter_mul")
+def _scatter(tracer: Tracer, call: Call) -> list[Value]:
+    x, indices, updates = call.inputs
+    numbers = call.params["dimension_numbers"]
+    inserted, batch = numbers.inserted_window_dims, numbers.operand_batching_dims
+    windows = [d for d in range(x.ndim) if d not in inserted and d not in batch]
+    tracer.freeze(indices, [indices.ndim - 1], "the coordinates of a scatter")
+    rows = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
+    for j, axis in enumerate(rows):
+        tracer.atoms.unify(updates.labels[axis], indices.labels[j], "scattered to whole places")
+    labels: list[Label] = [None] * x.ndim
+    zero = [False] * x.ndim
+    for d, axis in zip(windows, numbers.update_window_dims, strict=True):
+        if updates.shape[axis] == x.shape[d] and d not in numbers.scatter_dims_to_operand_dims:
+            tracer.atoms.unify(x.labels[d], updates.labels[axis], "scattered into a whole axis")
+            labels[d], zero[d] = x.labels[d], x.zero[d] and updates.zero[axis]
+        else:
+            tracer.freeze(x, [d], "it is scattered into")
+            tracer.freeze(updates, [axis], "it is scattered into")
+    for d, j in zip(batch, numbers.scatter_indices_batching_dims, strict=True):
+        tracer.atoms.unify(x.labels[d], indices.labels[j], "a batch axis of a scatter")
+        labels[d], zero[d] = x.labels[d], x.zero[d] and updates.zero[rows[j]]
+    tracer.freeze(x, inserted, "it is scattered into")
+    _check_sums(tracer, updates, rows, batch, numbers)
+    return [tracer.value(call.avals[0], labels, zero)]
+
+
+def _check_sums(tracer: Tracer, updates: Value, rows: Sequence[int], batch: Sequence[int], numbers: Any) -> None:
+    """Update rows that go are left out of sums, products and places: they must stay."""
+    batched = set(numbers.scatter_indices_batching_dims)
+    for j, axis in enumerate(rows):
+        if j not in batched:
+            tracer.freeze(updates, [axis], "its rows are scattered")
