@@ -5,11 +5,15 @@ a temperature, a weight) stands in its arguments, so that one compiled program s
 training images are shown as they are, a teacher's logits are computed once, as rows of a table, and gathered.
 """
 
+import dataclasses
+import hashlib
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _results
-from experiments._pruning import command, curves
+from experiments import _pruning, _results
+from experiments._artefacts import load_plain, save_plain
+from experiments._pruning import curves
 from experiments._results import Row
-from experiments.data import Dataset, load
+from experiments.data import Dataset, Read, load
 from jaxcompress import distill, train
 
 __all__ = [
@@ -42,8 +47,10 @@ __all__ = [
     "parameters",
     "written",
 ]
+T = TypeVar("T")
 Variables = Mapping[str, Any]
 PARAMS = "params"
+ELSEWHERE = {"data_dir", "out", "log", "resume", "seeds", "parts", "methods"}  # what does not change a figure
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Config:
     """Where the result file and the figure go."""
     log: Path | None = None
     """Where each training's metrics go, as JSON lines; nowhere by default."""
+    resume: Path | None = None
+    """A folder that keeps what was measured, so that a command that was cut off goes on there."""
     seeds: int = 3
     examples: int = 10_000
     """At most so many training images: the first of the split, which is mixed."""
@@ -167,6 +176,47 @@ class Room:
             f" Adam with a cosine from {c.rate:g} to zero; students see the images as they are."
         )
 
+    def kept(self, what: str, measure: Callable[[], T]) -> T:
+        """What `measure` returns (JSON types), or what it returned when this experiment was cut off.
+
+        The test reads that it made are kept with it.
+
+        Raises:
+          ValueError: what is kept is of other settings.
+        """
+        if self.config.resume is None:
+            return measure()
+        path, setting = self.config.resume / f"{plain(what)}.json", self._setting()
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["setting"] != setting:
+                raise ValueError(f"{path} is of other settings: {found['setting']}; take another --resume folder")
+            self.dataset.test.include(Read(**read) for read in found["reads"])
+            return found["value"]  # type: ignore[no-any-return]
+        before = len(self.dataset.test.reads)
+        value = measure()
+        reads = [dataclasses.asdict(read) for read in self.dataset.test.reads[before:]]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"setting": setting, "reads": reads, "value": value}), encoding="utf-8")
+        temporary.replace(path)
+        return value
+
+    def trained(self, what: str, model: nn.Module, learn: Callable[[], Variables]) -> Variables:
+        """The variables that `learn` returns, or that it returned when this experiment was cut off."""
+        if self.config.resume is None:
+            return learn()
+        mark = hashlib.sha256(self._setting().encode()).hexdigest()[:12]
+        path = self.config.resume / f"{plain(what)}_{mark}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_plain(path.with_suffix(".tmp"), learn())
+            path.with_suffix(".tmp").replace(path)
+        return load_plain(path, self.init(model, 0))  # type: ignore[no-any-return]
+
+    def _setting(self) -> str:
+        return repr(dataclasses.replace(self.config, **dict.fromkeys(ELSEWHERE & vars(self.config).keys())))
+
     def result(self, **fields: Any) -> _results.Result:
         """`_results.result` of this data set."""
         return _results.result(self.dataset, **fields)
@@ -239,7 +289,7 @@ class Learner:
             self._batches(seed, subset),
             steps=self.steps * self.times,
             frozen=frozen,
-            on_metrics=None if log is None else train.JsonLines(log / f"{name.replace(' ', '_')}.jsonl"),
+            on_metrics=None if log is None else train.JsonLines(log / f"{plain(name)}.jsonl"),
             log_every=room.steps,
         )
         return {PARAMS: state.params, **state.extras}
@@ -306,6 +356,16 @@ def jittered(by: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return cut(padded, starts)
 
     return augment
+
+
+def plain(what: str) -> str:
+    """A name for a file."""
+    return re.sub("[^a-z0-9]+", "_", what.lower())
+
+
+def command(module: str, config: Config) -> str:
+    """The command line that gives a result again."""
+    return _pruning.command(module, dataclasses.replace(config, log=None, resume=None))
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> float:

@@ -78,22 +78,27 @@ def growing(config: Config) -> _results.Result:
     learn_stopping = room.learner(student, logits_loss(student, stopping))
     knobs = {"alpha": c.alpha, "temperature": c.temperature}
     nothing = jnp.zeros((len(room.labels), room.dataset.classes))
-    figures, scratch = [], {}
-    for seed in range(c.seeds):
+    figures = []
+
+    def alone(seed: int) -> float:
         variables = learn(f"scratch {seed}", seed, rows=nothing, knobs=knobs | {"alpha": 0.0})
-        scratch[seed] = room.test(f"student from scratch, seed {seed}", student, variables)
+        return room.test(f"student from scratch, seed {seed}", student, variables)
+
+    scratch = [room.kept(f"growing, scratch, seed {seed}", lambda seed=seed: alone(seed)) for seed in range(c.seeds)]
     for width in c.teachers:
         teacher = Mlp((width,) * 2)
         teach = room.learner(teacher, logits_loss(teacher, hard))
         half = room.learner(teacher, logits_loss(teacher, hard), epochs=max(1, round(c.stop * c.epochs)))
-        for seed in range(c.seeds):
+
+        def measured(
+            seed: int, width: int = width, teacher: Mlp = teacher, teach: Learner = teach, half: Learner = half
+        ) -> dict[str, float]:
             who = f"2x{width}, seed {seed}"
             full, early = teach(f"teacher {who}", seed), half(f"early teacher {who}", seed)
             rows, early_rows = room.logits(teacher, full), room.logits(teacher, early)
             found = {
                 "teacher": room.test(f"teacher {who}", teacher, full),
                 "early_teacher": room.test(f"early-stopped teacher {who}", teacher, early),
-                "scratch": scratch[seed],
             }
             for key, trained in {
                 "distilled": learn(f"distilled from {who}", seed, rows=rows, knobs=knobs),
@@ -101,7 +106,11 @@ def growing(config: Config) -> _results.Result:
                 "from_early": learn(f"distilled from early {who}", seed, rows=early_rows, knobs=knobs),
             }.items():
                 found[key] = room.test(f"student {key}, teacher {who}", student, trained)
-            figures.append((f"teacher 2x{width}", seed, found))
+            return found
+
+        for seed in range(c.seeds):
+            found = room.kept(f"growing, {width}, seed {seed}", lambda seed=seed, run=measured: run(seed))
+            figures.append((f"teacher 2x{width}", seed, found | {"scratch": scratch[seed]}))
         print(f"growing, teacher 2x{width}: done", flush=True)
     arms = {
         "scratch": "student from scratch",
@@ -194,11 +203,13 @@ def shapes(config: Config) -> _results.Result:
     hinted = Hinted(room, c, teacher, thin)
     knobs = {"alpha": c.alpha, "temperature": c.temperature}
     figures = []
-    for seed in range(c.seeds):
 
-        def record(name: str, model: Mlp, variables: Any, seed: int = seed) -> None:
-            found = {"accuracy": room.test(f"{name}, seed {seed}", model, variables), "size": parameters(variables)}
-            figures.append((name, seed, found))
+    def measured(seed: int) -> dict[str, dict[str, float]]:
+        found = {}
+
+        def record(name: str, model: Mlp, variables: Any) -> None:
+            right = room.test(f"{name}, seed {seed}", model, variables)
+            found[name] = {"accuracy": right, "size": parameters(variables)}
 
         guide = teach(f"deep {seed}", seed)
         record(TEACHER, teacher, guide)
@@ -211,6 +222,11 @@ def shapes(config: Config) -> _results.Result:
                 record(f"{name}, {LOGITS}", model, match(f"{name} {LOGITS} {seed}", seed, rows=rows))
         both = hinted.learn(f"{THIN} {HINTS} {seed}", seed, knobs=knobs | {"teacher": guide})
         record(f"{THIN}, {HINTS}", thin, {"params": both["params"]["student"]})
+        return found
+
+    for seed in range(c.seeds):
+        found = room.kept(f"shapes, seed {seed}", lambda seed=seed: measured(seed))
+        figures += [(name, seed, ours) for name, ours in found.items()]
         print(f"shapes, seed {seed}: done", flush=True)
     rows_ = gathered(figures)
     pairs = [

@@ -241,7 +241,7 @@ class School:
         """The teacher, and its rows: logits, maps, and the factors of its last map."""
         c, room = self.config, self.room
         learn = room.learner(self.teacher, logits_loss(self.teacher, hard), epochs=c.teacher_epochs)
-        variables = learn("teacher", 0)
+        variables = room.trained("teacher", self.teacher, lambda: learn("teacher", 0))
         see = linen.capture(self.teacher, "Stage_[0-9]+$")
 
         @jax.jit
@@ -312,20 +312,23 @@ def main(config: Config) -> _results.Result:
     chosen = [name for name in known if name in (c.methods or known)]
     if "factor transfer (FT)" in chosen:
         rows["factors"] = school.factors(pair, rows["maps"][-1])
-    top = room.test("teacher", school.teacher, variables)
+    top = room.kept("teacher", lambda: room.test("teacher", school.teacher, variables))
     figures = [("teacher", 0, {"accuracy": top, "gain": 0.0})]
     base: dict[int, float] = {}
-    size = 0
     for name in ("labels alone", *(n for n in chosen if n != "labels alone")):
         learn = school.learner(known[name], name == "contrastive (CRD)")
-        for seed in range(c.seeds):
+
+        def measured(seed: int, name: str = name, learn: Learner = learn) -> float:
             trained = learn(f"{name} {seed}", seed, rows=rows, knobs={"examples": len(room.labels)})
             student = {"params": trained["params"]["student"], "batch_stats": trained["batch_stats"]}
-            size = parameters(student)
-            value = room.test(f"{name}, seed {seed}", school.student, student)
+            return room.test(f"{name}, seed {seed}", school.student, student)
+
+        for seed in range(c.seeds):
+            value = room.kept(f"{name}, seed {seed}", lambda seed=seed, run=measured: run(seed))
             base.setdefault(seed, value)
             figures.append((name, seed, {"accuracy": value, "gain": value - base[seed]}))
         print(f"{name}: done", flush=True)
+    size = parameters(room.init(school.student, 0))
     table = gathered(figures)
     result = room.result(
         name=f"distill_methods_{c.data}",

@@ -7,9 +7,8 @@ corrected. Three results: `table`, `temperatures` (narrow students under a sweep
 which the paper does with speech).
 """
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -38,12 +37,14 @@ from experiments._selection import Choice, select
 from experiments.data import Split
 from jaxcompress import distill
 
+PARTS = ("table", "temperatures", "ensemble")
+
 
 @dataclass(frozen=True)
 class Config(_distilling.Config):
     """Hinton's MNIST table, the sweep of temperatures, and an ensemble in one model."""
 
-    parts: tuple[str, ...] = ("table", "temperatures", "ensemble")
+    parts: tuple[str, ...] = PARTS
     """Which of the three."""
     teacher_width: int = 1200
     student_width: int = 800
@@ -62,9 +63,18 @@ class Config(_distilling.Config):
 
 
 SHORT = Config(
-    seeds=1, epochs=8, rate=1e-2, teacher_width=48, student_width=32, narrow=(8,), temperatures=(1.0, 4.0), member_width=16,
-    members=3, jitter=1,
-)  # fmt: skip
+    seeds=1,
+    epochs=20,
+    rate=1e-2,
+    dropout=0.1,
+    jitter=1,
+    teacher_width=48,
+    student_width=32,
+    narrow=(8,),
+    temperatures=(1.0, 4.0),
+    member_width=16,
+    members=3,
+)
 """A run of seconds, for tests; its accuracies mean little."""
 
 LEFT_OUT = 3
@@ -80,29 +90,23 @@ PAPER: dict[str, dict[str, float]] = {
 }
 
 
-class School:
-    """A part's room, with the teacher's logits of each seed."""
+class Teachers:
+    """The teacher of each seed, trained when it is first asked for."""
 
-    def __init__(self, config: Config, known: dict[int, tuple[Any, jax.Array]]) -> None:
-        self.config, self.room, self._known = config, Room(config), known
-        self.teacher = Mlp((config.teacher_width,) * 2, dropout=config.dropout)
+    def __init__(self, room: Room) -> None:
+        c: Any = room.config
+        self.room, self.model = room, Mlp((c.teacher_width,) * 2, dropout=c.dropout)
+        self._learn = room.learner(self.model, logits_loss(self.model, hard, jittered(c.jitter)))
+        self._known: dict[int, tuple[Any, jax.Array]] = {}
 
-    @cached_property
-    def _teach(self) -> Callable[..., Any]:
-        return self.room.learner(self.teacher, logits_loss(self.teacher, hard, jittered(self.config.jitter)))
-
-    def taught(self, seed: int) -> tuple[Any, jax.Array]:
-        """The teacher's variables, and its logits of the training images; trained once a run of the command."""
+    def __getitem__(self, seed: int) -> tuple[Any, jax.Array]:
+        """Its variables, and its logits of the training images."""
         if seed not in self._known:
-            variables = self._teach(f"teacher {seed}", seed)
-            self._known[seed] = variables, self.room.logits(self.teacher, variables)
+            what = f"teacher {seed}"
+            variables = self.room.trained(what, self.model, lambda: self._learn(what, seed))
+            self._known = {seed: (variables, self.room.logits(self.model, variables))}
             print(f"teacher, seed {seed}: trained", flush=True)
         return self._known[seed]
-
-    def student(self, width: int) -> tuple[Mlp, Callable[..., Any]]:
-        """A student, and its training under `guided`."""
-        model = Mlp((width,) * 2)
-        return model, self.room.learner(model, logits_loss(model, guided))
 
 
 def wrong(logits: jax.Array, labels: jax.Array) -> dict[str, float]:
@@ -111,38 +115,56 @@ def wrong(logits: jax.Array, labels: jax.Array) -> dict[str, float]:
     return {"errors": float(errors.sum()), "of_3": float(errors[np.asarray(labels) == LEFT_OUT].sum())}
 
 
-def table(config: Config, known: dict[int, tuple[Any, jax.Array]]) -> _results.Result:
-    """The paper's five models."""
-    school = School(config, known)
-    room, (student, learn) = school.room, school.student(config.student_width)
-    others = np.flatnonzero(np.asarray(room.labels) != LEFT_OUT)
-    figures: list[tuple[str, int, dict[str, float]]] = []
-    choices: list[Choice] = []
+class Table:
+    """The paper's five models, seed by seed."""
 
-    def record(name: str, seed: int, model: Mlp, variables: Any, offset: float = 0.0) -> None:
-        images, labels = room.test_images(f"{name}, seed {seed}")
-        logits = room.logits(model, variables, images).at[:, LEFT_OUT].add(offset)
-        figures.append((name, seed, {**wrong(logits, labels), "offset": offset}))
+    def __init__(self, config: Config) -> None:
+        self.config, self.room = config, Room(config)
+        self.student = Mlp((config.student_width,) * 2)
+        self.learn = self.room.learner(self.student, logits_loss(self.student, guided))
+        self.others = np.flatnonzero(np.asarray(self.room.labels) != LEFT_OUT)
+        self.figures: list[tuple[str, int, dict[str, float]]] = []
+        self.choices: list[Choice] = []
 
-    for seed in range(config.seeds):
-        variables, targets = school.taught(seed)
-        record(TEACHER, seed, school.teacher, variables)
-        knobs = {"alpha": config.alpha, "temperature": config.temperature}
-        scratch = learn(f"scratch {seed}", seed, rows=targets, knobs=knobs | {"alpha": 0.0})
-        record(SCRATCH, seed, student, scratch)
-        record(DISTILLED, seed, student, learn(f"distilled {seed}", seed, rows=targets, knobs=knobs))
-        blind = learn(f"without 3 {seed}", seed, rows=targets, knobs=knobs, subset=others)
-        record(WITHOUT, seed, student, blind)
-        seen = room.logits(student, blind, room.validation[0])
+    def go(self, seed: int, teachers: Teachers) -> None:
+        """One seed."""
+        found = self.room.kept(f"table, seed {seed}", lambda: self._measured(seed, teachers))
+        self.figures += [(name, seed, figures) for name, figures in found["figures"].items()]
+        self.choices.append(Choice(**found["choice"]))
+        print(f"table, seed {seed}: done", flush=True)
 
-        def score(offset: float, validation: Split, seen: jax.Array = seen) -> float:
+    def _measured(self, seed: int, teachers: Teachers) -> dict[str, Any]:
+        c, room, found = self.config, self.room, dict[str, dict[str, float]]()
+        variables, targets = teachers[seed]
+
+        def record(name: str, variables: Any, model: Mlp = self.student, offset: float = 0.0) -> None:
+            images, labels = room.test_images(f"{name}, seed {seed}")
+            logits = room.logits(model, variables, images).at[:, LEFT_OUT].add(offset)
+            found[name] = {**wrong(logits, labels), "offset": offset}
+
+        knobs = {"alpha": c.alpha, "temperature": c.temperature}
+        record(TEACHER, variables, teachers.model)
+        record(SCRATCH, self.learn(f"scratch {seed}", seed, rows=targets, knobs=knobs | {"alpha": 0.0}))
+        record(DISTILLED, self.learn(f"distilled {seed}", seed, rows=targets, knobs=knobs))
+        blind = self.learn(f"without 3 {seed}", seed, rows=targets, knobs=knobs, subset=self.others)
+        record(WITHOUT, blind)
+        seen = room.logits(self.student, blind, room.validation[0])
+
+        def score(offset: float, validation: Split) -> float:
             return accuracy(seen.at[:, LEFT_OUT].add(offset), jnp.asarray(validation.labels))
 
         what = f"offset of the bias for {LEFT_OUT}, seed {seed}"
         offset, choice = select(what, OFFSETS, score, room.dataset.validation)
-        choices.append(choice)
-        record(CORRECTED, seed, student, blind, offset)
-        print(f"table, seed {seed}: done", flush=True)
+        record(CORRECTED, blind, offset=offset)
+        return {"figures": found, "choice": dataclasses.asdict(choice)}
+
+    def result(self) -> _results.Result:
+        """The table."""
+        return table(self.config, self.room, self.figures, self.choices)
+
+
+def table(config: Config, room: Room, figures: Any, choices: list[Choice]) -> _results.Result:
+    """Of all seeds' figures, the result and its figure."""
     rows = gathered(figures, PAPER if config.data == "mnist" else {})
     result = room.result(
         name=f"distill_table_{config.data}",
@@ -170,22 +192,39 @@ def table(config: Config, known: dict[int, tuple[Any, jax.Array]]) -> _results.R
     return written(result, config, lambda path: bars(path, rows, "errors", x_title="test errors", title=result.title))
 
 
-def sweep(config: Config, known: dict[int, tuple[Any, jax.Array]]) -> _results.Result:
-    """Narrow students at several temperatures."""
-    school, figures = School(config, known), []
-    for width in config.narrow:
-        student, learn = school.student(width)
-        for seed in range(config.seeds):
-            targets = school.taught(seed)[1]
-            found = {}
-            for t in (0.0, *config.temperatures):  # 0: labels alone
-                knobs = {"alpha": config.alpha if t else 0.0, "temperature": t or 1.0}
-                variables = learn(f"{width} at {t:g}, {seed}", seed, rows=targets, knobs=knobs)
-                found[at(t)] = 100 - school.room.test(f"{width} units, T {t:g}, seed {seed}", student, variables)
-            figures.append((f"2x{width}", seed, found))
-        print(f"temperatures, width {width}: done", flush=True)
+class Sweep:
+    """Narrow students at several temperatures, seed by seed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.room = config, Room(config)
+        models = {width: Mlp((width,) * 2) for width in config.narrow}
+        self.students = {w: (m, self.room.learner(m, logits_loss(m, guided))) for w, m in models.items()}
+        self.figures: list[tuple[str, int, dict[str, float]]] = []
+
+    def go(self, seed: int, teachers: Teachers) -> None:
+        """One seed."""
+        for width in self.students:
+            found = self.room.kept(f"sweep 2x{width}, seed {seed}", lambda w=width: self._measured(w, seed, teachers))
+            self.figures.append((f"2x{width}", seed, found))
+        print(f"temperatures, seed {seed}: done", flush=True)
+
+    def _measured(self, width: int, seed: int, teachers: Teachers) -> dict[str, float]:
+        c, found, (student, learn) = self.config, dict[str, float](), self.students[width]
+        for t in (0.0, *c.temperatures):  # 0: labels alone
+            knobs = {"alpha": c.alpha if t else 0.0, "temperature": t or 1.0}
+            variables = learn(f"{width} at {t:g}, {seed}", seed, rows=teachers[seed][1], knobs=knobs)
+            found[at(t)] = 100 - self.room.test(f"{width} units, T {t:g}, seed {seed}", student, variables)
+        return found
+
+    def result(self) -> _results.Result:
+        """The table."""
+        return sweep(self.config, self.room, self.figures)
+
+
+def sweep(config: Config, room: Room, figures: Any) -> _results.Result:
+    """Of all seeds' figures, the result and its figure."""
     rows = gathered(figures)
-    result = school.room.result(
+    result = room.result(
         name=f"distill_temperatures_{config.data}",
         title=f"The temperature, for students of several widths, on {config.data}",
         source="Test error in %. Hinton, Vinyals & Dean 2015, section 3: with 300 units or more a layer all"
@@ -196,7 +235,7 @@ def sweep(config: Config, known: dict[int, tuple[Any, jax.Array]]) -> _results.R
         selection="nothing was chosen",
         columns=[Column(at(0.0), "labels alone"), *(Column(at(t), f"T = {t:g}") for t in config.temperatures)],
         rows=rows,
-        notes=[school.room.setting(), f"Soft targets weigh {config.alpha:g}, labels the rest."],
+        notes=[room.setting(), f"Soft targets weigh {config.alpha:g}, labels the rest."],
     )
     lines = {row.name: [(t, row.ours[at(t)].values) for t in config.temperatures] for row in rows}
     return written(
@@ -222,18 +261,25 @@ def ensemble(config: Config) -> _results.Result:
     taught = room.learner(member, logits_loss(member, from_targets))
     figures, t = [], config.ensemble_temperature
     single, together, distilled = "one of the members", f"ensemble of {config.members}", "distilled from the ensemble"
-    for seed in range(config.seeds):
+
+    def measured(seed: int) -> dict[str, float]:
         numbers = [1000 * seed + i for i in range(config.members)]
         trained = [alone(f"member {number}", number) for number in numbers]
         targets = distill.ensemble_targets(jnp.stack([room.logits(member, v) for v in trained]), t)
         one = taught(f"from ensemble {seed}", 1000 * seed + 999, rows=targets, knobs=t)
         images, labels = room.test_images(f"members and their ensemble, seed {seed}")
         logits = jnp.stack([room.logits(member, v, images) for v in trained])
-        mean = float(np.mean([accuracy(z, labels) for z in logits]))
-        whole = accuracy(distill.ensemble_targets(logits), labels)
-        pupil = room.test(f"{distilled}, seed {seed}", member, one)
-        for name, value in ((single, mean), (together, whole), (distilled, pupil)):
-            kept = 100 * (value - mean) / (whole - mean) if whole != mean else 0.0
+        return {
+            single: float(np.mean([accuracy(z, labels) for z in logits])),
+            together: accuracy(distill.ensemble_targets(logits), labels),
+            distilled: room.test(f"{distilled}, seed {seed}", member, one),
+        }
+
+    for seed in range(config.seeds):
+        found = room.kept(f"ensemble, seed {seed}", lambda seed=seed: measured(seed))
+        gain = found[together] - found[single]
+        for name, value in found.items():
+            kept = 100 * (value - found[single]) / gain if gain else 0.0
             figures.append((name, seed, {"accuracy": value, "kept": kept}))
         print(f"ensemble, seed {seed}: done", flush=True)
     paper = {single: {"kept": 0.0}, together: {"kept": 100.0}, distilled: {"kept": 86.0}}
@@ -262,16 +308,16 @@ def ensemble(config: Config) -> _results.Result:
 
 
 def main(config: Config) -> list[_results.Result]:
-    """Runs the parts; the teachers are trained once for all of them."""
-    known: dict[int, tuple[Any, jax.Array]] = {}
-    run = {
-        "table": lambda: table(config, known),
-        "temperatures": lambda: sweep(config, known),
-        "ensemble": lambda: ensemble(config),
-    }
-    if not config.parts or set(config.parts) - set(run):
-        raise ValueError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
-    return [run[part]() for part in config.parts]
+    """Runs the parts; a seed's teacher is trained once for both of those that ask for it."""
+    if not config.parts or set(config.parts) - set(PARTS):
+        raise ValueError(f"parts are {', '.join(PARTS)}; got {', '.join(config.parts) or 'none'}")
+    taught = [part(config) for name, part in {"table": Table, "temperatures": Sweep}.items() if name in config.parts]
+    if taught:
+        teachers = Teachers(taught[0].room)
+        for seed in range(config.seeds):
+            for part in taught:
+                part.go(seed, teachers)
+    return [*(part.result() for part in taught), *([ensemble(config)] if "ensemble" in config.parts else [])]
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ from jaxcompress import distill
 class Config(_distilling.Config):
     """Ways of teaching, each beside its baseline."""
 
-    seeds: int = 5
+    seeds: int = 8
     batch_size: int = 64
-    epochs: int = 40
+    epochs: int = 150
     rate: float = 3e-3
     teacher: tuple[int, ...] = (128, 128)
     assistants: tuple[tuple[int, ...], ...] = ((48, 48), (24, 24))
@@ -194,7 +194,8 @@ def main(config: Config) -> _results.Result:
     """Runs every seed, and writes the result and the figure."""
     school, figures = School(config), list[tuple[str, int, dict[str, float]]]()
     for seed in range(config.seeds):
-        figures += [(name, seed, {"accuracy": value}) for name, value in school.go(seed).items()]
+        found = school.room.kept(f"seed {seed}", lambda seed=seed: school.go(seed))
+        figures += [(name, seed, {"accuracy": value}) for name, value in found.items()]
         print(f"seed {seed}: done", flush=True)
     rows = gathered(figures)
     c = config
@@ -205,7 +206,9 @@ def main(config: Config) -> _results.Result:
         " its way"
         " does better than the baseline that stands below.",
         command=command("distill_teaching", c),
-        selection="nothing was chosen",
+        selection="nothing was chosen by the figures below; after a first run of 40 epochs, in which distilled"
+        " students had"
+        " not yet converged, the length was taken by the validation accuracy of three seeds at 40 and 150 epochs",
         columns=[Column("accuracy", "test accuracy (%)")],
         rows=rows,
         pairs=[("accuracy", *pair) for pair in PAIRS] if c.seeds > 1 else (),

@@ -77,19 +77,34 @@ def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibra
     return Calibration(count / len(sure), mean[0], mean[1])
 
 
+Known = dict[tuple[float, int], Any]
+"""Teachers by smoothing and seed."""
+
+
 class School:
     """The trainings that the parts share."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, known: Known) -> None:
         c = config
-        self.config, self.room = c, Room(c)
+        self.config, self.room, self._known = c, Room(c), known
         self.teacher, self.student = Mlp(c.teacher, dropout=c.dropout), Mlp(c.student)
 
         def smoothed(logits: jax.Array, lesson: Lesson) -> jax.Array:
             return distill.label_smoothing_loss(logits, lesson.labels, lesson.knobs)
 
-        self.teach, self.smooth = (self.room.learner(m, logits_loss(m, smoothed)) for m in (self.teacher, self.student))
+        self._teach, self.smooth = (
+            self.room.learner(m, logits_loss(m, smoothed)) for m in (self.teacher, self.student)
+        )
         self.learn = self.room.learner(self.student, logits_loss(self.student, guided))
+
+    def teach(self, smoothing: float, seed: int) -> Any:
+        """A teacher, trained once for all parts."""
+        if (smoothing, seed) not in self._known:
+            what = f"teacher, smoothing {smoothing:g}, seed {seed}"
+            self._known[smoothing, seed] = self.room.trained(
+                what, self.teacher, lambda: self._teach(what, seed, knobs=smoothing)
+            )
+        return self._known[smoothing, seed]
 
     def distilled(self, name: str, seed: int, rows: jax.Array) -> dict[str, Any]:
         """A student of these teacher's logits."""
@@ -105,29 +120,35 @@ class School:
         ]
 
 
-def smoothing(config: Config) -> _results.Result:
+def smoothing(config: Config, known: Known) -> _results.Result:
     """Teachers with and without label smoothing, and their students."""
-    c, school = config, School(config)
+    c, school = config, School(config, known)
     room, figures = school.room, []
     seen: dict[str, list[Calibration]] = {}
 
-    def record(name: str, seed: int, model: Mlp, variables: Any) -> None:
-        images, labels = room.test_images(f"{name}, seed {seed}")
-        logits = room.logits(model, variables, images)
-        found = calibration(logits, labels, c.bins)
-        seen.setdefault(name, []).append(found)
-        nll = float(jnp.mean(distill.hard_label_loss(logits, labels)))
-        figures.append((name, seed, {"accuracy": accuracy(logits, labels), "ece": 100 * found.error, "nll": nll}))
+    def measured(seed: int) -> dict[str, dict[str, Any]]:
+        measures = {}
+
+        def record(name: str, model: Mlp, variables: Any) -> None:
+            images, labels = room.test_images(f"{name}, seed {seed}")
+            logits = room.logits(model, variables, images)
+            bins = [x.tolist() for x in calibration(logits, labels, c.bins)]
+            nll = float(jnp.mean(distill.hard_label_loss(logits, labels)))
+            measures[name] = {"accuracy": accuracy(logits, labels), "nll": nll, "bins": bins}
+
+        for name, epsilon in (("hard labels", 0.0), ("smoothed labels", c.smoothing)):
+            teacher = school.teach(epsilon, seed)
+            record(f"teacher, {name}", school.teacher, teacher)
+            record(f"student, {name}", school.student, school.smooth(f"student {name} {seed}", seed, knobs=epsilon))
+            pupil = school.distilled(name, seed, room.logits(school.teacher, teacher))
+            record(f"student of the teacher with {name}", school.student, pupil)
+        return measures
 
     for seed in range(c.seeds):
-        for name, epsilon in (("hard labels", 0.0), ("smoothed labels", c.smoothing)):
-            teacher = school.teach(f"teacher {name} {seed}", seed, knobs=epsilon)
-            record(f"teacher, {name}", seed, school.teacher, teacher)
-            record(
-                f"student, {name}", seed, school.student, school.smooth(f"student {name} {seed}", seed, knobs=epsilon)
-            )
-            rows = room.logits(school.teacher, teacher)
-            record(f"student of the teacher with {name}", seed, school.student, school.distilled(name, seed, rows))
+        for name, ours in room.kept(f"smoothing, seed {seed}", lambda seed=seed: measured(seed)).items():
+            found = Calibration(*(np.asarray(x) for x in ours["bins"]))
+            seen.setdefault(name, []).append(found)
+            figures.append((name, seed, {"ece": 100 * found.error, "accuracy": ours["accuracy"], "nll": ours["nll"]}))
         print(f"smoothing, seed {seed}: done", flush=True)
     rows_ = sorted(gathered(figures), key=lambda row: row.name, reverse=True)
     students = [f"student of the teacher with {name}" for name in ("smoothed labels", "hard labels")]
@@ -154,9 +175,9 @@ def smoothing(config: Config) -> _results.Result:
     return written(result, c, lambda path: reliability(path, seen))
 
 
-def partial(config: Config) -> _results.Result:
+def partial(config: Config, known: Known) -> _results.Result:
     """Teachers of which one effect is left."""
-    c, school = config, School(config)
+    c, school = config, School(config, known)
     room, labels = school.room, school.room.labels
     classes = room.dataset.classes
 
@@ -165,29 +186,32 @@ def partial(config: Config) -> _results.Result:
         return c.alpha * soft + (1 - c.alpha) * distill.hard_label_loss(logits, lesson.labels)
 
     learn, figures = room.learner(school.student, logits_loss(school.student, to_targets)), []
-    for seed in range(c.seeds):
-        teacher = school.teach(f"teacher {seed}", seed, knobs=0.0)
+
+    def measured(seed: int) -> dict[str, float]:
+        teacher = school.teach(0.0, seed)
         p = distill.temperature_softmax(room.logits(school.teacher, teacher), c.temperature)
         correct = jnp.take_along_axis(p, labels[:, None], axis=1)
         kernel = teacher["params"][f"Dense_{len(c.teacher)}"]["kernel"]
         alike = distill.class_similarity_teacher(kernel, labels, sharpness=1 / 0.3, confidence=float(correct.mean()))
         others = alike * (1 - jax.nn.one_hot(labels, classes))
         both = correct * jax.nn.one_hot(labels, classes) + (1 - correct) * others / others.sum(1, keepdims=True)
+        spread = distill.smooth_labels(labels, classes, 1 - correct.mean(), onto_wrong_only=True)
         arms = {
             "distilled": p,
             "re-weighting alone": distill.reweighting_teacher(p, labels),
             "class similarity alone": alike,
             "re-weighting and class similarity": both,
-            "smoothing at the teacher's mean confidence": distill.smooth_labels(
-                labels, classes, 1 - correct.mean(), onto_wrong_only=True
-            ),
+            "smoothing at the teacher's mean confidence": spread,
         }
-        figures.append(("teacher", seed, {"accuracy": room.test(f"teacher, seed {seed}", school.teacher, teacher)}))
         plain = {"labels alone": 0.0, "label smoothing": c.smoothing}
         trained = {name: school.smooth(f"{name} {seed}", seed, knobs=knob) for name, knob in plain.items()}
         trained |= {name: learn(f"{name} {seed}", seed, rows=rows) for name, rows in arms.items()}
-        for name, variables in trained.items():
-            figures.append((name, seed, {"accuracy": room.test(f"{name}, seed {seed}", school.student, variables)}))
+        found = {"teacher": room.test(f"teacher, seed {seed}", school.teacher, teacher)}
+        return found | {name: room.test(f"{name}, seed {seed}", school.student, v) for name, v in trained.items()}
+
+    for seed in range(c.seeds):
+        found = room.kept(f"partial, seed {seed}", lambda seed=seed: measured(seed))
+        figures += [(name, seed, {"accuracy": value}) for name, value in found.items()]
         print(f"partial, seed {seed}: done", flush=True)
     rows_ = gathered(figures)
     result = room.result(
@@ -220,21 +244,22 @@ def partial(config: Config) -> _results.Result:
     )
 
 
-def targets(config: Config) -> _results.Result:
+def targets(config: Config, known: Known) -> _results.Result:
     """What a teacher says of one image, at several temperatures."""
-    c, school = config, School(config)
+    c, school = config, School(config, known)
     room, figures = school.room, []
     images, labels = room.validation
     chosen, shown = 0, {}
     for seed in range(c.seeds):
-        teacher = school.teach(f"teacher {seed}", seed, knobs=0.0)
+        teacher = school.teach(0.0, seed)
         logits = room.logits(school.teacher, teacher, images)
         if seed == 0:  # the least sure of those that it gets right
             sure = jnp.where(jnp.argmax(logits, axis=-1) == labels, jnp.max(jax.nn.softmax(logits), axis=-1), jnp.inf)
             chosen = int(jnp.argmin(sure))
+        right = room.test(f"teacher, seed {seed}", school.teacher, teacher)
         for t in c.temperatures:
             q = 100 * distill.temperature_softmax(logits[chosen], t)
-            figures.append((f"T = {t:g}", seed, {f"class{k}": float(x) for k, x in enumerate(q)}))
+            figures.append((f"T = {t:g}", seed, {f"class{k}": float(x) for k, x in enumerate(q)} | {"teacher": right}))
             shown.setdefault(t, []).append(np.asarray(q))
     result = room.result(
         name=f"distill_targets_{c.data}",
@@ -242,12 +267,13 @@ def targets(config: Config) -> _results.Result:
         source="In %. Hinton, Vinyals & Dean 2015, equation 1; the paper has no such figure of a digit.",
         command=command("distill_why", c),
         selection="the validation image that the first seed's teacher gets right with the least confidence",
-        columns=[Column(f"class{k}", str(k), 1) for k in range(room.dataset.classes)],
+        columns=[
+            *(Column(f"class{k}", str(k), 1) for k in range(room.dataset.classes)),
+            Column("teacher", "the teacher's test accuracy"),
+        ],
         rows=gathered(figures),
-        notes=[room.setting(), f"Validation image {chosen}, a {int(labels[chosen])}; no test data were read."],
+        notes=[room.setting(), f"Validation image {chosen}, a {int(labels[chosen])}."],
     )
-    if room.dataset.test.reads:
-        raise AssertionError("the figure of soft targets reads no test data")
     means = {t: np.mean(values, axis=0) for t, values in shown.items()}
     return written(result, c, lambda path: shown_targets(path, np.asarray(images[chosen]), int(labels[chosen]), means))
 
@@ -303,7 +329,8 @@ def main(config: Config) -> list[_results.Result]:
     run = {"smoothing": smoothing, "partial": partial, "targets": targets}
     if not config.parts or set(config.parts) - set(run):
         raise ValueError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
-    return [run[part](config) for part in config.parts]
+    known: Known = {}
+    return [run[part](config, known) for part in config.parts]
 
 
 if __name__ == "__main__":
