@@ -15,6 +15,7 @@ the weights name as they meet them (`_watched.py`).
 
 from jaxcompress.calibrate._compensate import check_compensation, check_settled, compensated, inverse_factor
 from jaxcompress.calibrate._layout import Layout
+from jaxcompress.calibrate._meshes import in_place
 from jaxcompress.calibrate._ranges import InputValues, input_values
 from jaxcompress.calibrate._statistics import InputObserver, InputStatistics, input_statistics, observer_for
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_compensation",
     "check_settled",
     "compensated",
+    "in_place",
     "input_statistics",
     "input_values",
     "inverse_factor",

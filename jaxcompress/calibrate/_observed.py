@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays import Leaf, register
 from jaxcompress.arrays._products import Dims, is_float
 from jaxcompress.calibrate._layout import Layout, Step, viewed_shape
+from jaxcompress.calibrate._meshes import explicit_sharding, replicated
 
 
 @dataclasses.dataclass
@@ -107,8 +108,8 @@ class _Meeting:
 
     product: Callable[[Array, Array], Array]
     lay: Callable[[Array], Array]  # the input as [problems, inputs, *rows]
-    x: jax.ShapeDtypeStruct
-    weight: jax.ShapeDtypeStruct
+    x: Callable[[], Array]  # zeros like the input
+    weight: Callable[[], Array]
     gram: bool
 
     def statistic(self, x: Array, wanted: Array | None) -> tuple[Array, Array]:
@@ -121,12 +122,13 @@ class _Meeting:
                 return jnp.sum(laid * laid, axis=rows), number
             return lax.dot_general(laid, laid, ((rows, rows), ((0,), (0,))), precision=lax.Precision.HIGHEST), number
 
-        shape = jax.eval_shape(self.lay, x).shape
+        def measure_wanted(x: Array, wanted: Array) -> tuple[Array, Array]:
+            nothing = jnp.zeros((*shape[:2], shape[1]) if self.gram else shape[:2], jnp.float32), jnp.float32(0)
+            return lax.cond(wanted, measure, lambda x: nothing, x)
+
+        shape = jax.eval_shape(self.lay, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
         number = jnp.float32(math.prod(shape[2:]))
-        if wanted is None:
-            return measure(x)
-        nothing = jnp.zeros((*shape[:2], shape[1]) if self.gram else shape[:2], jnp.float32), jnp.float32(0)
-        return lax.cond(wanted, measure, lambda x: nothing, x)
+        return replicated(measure, x) if wanted is None else replicated(measure_wanted, x, wanted)
 
 
 def _measured(
@@ -137,9 +139,12 @@ def _measured(
         uses.setdefault(w.name, Uses()).layouts.append(layout)
     if w.sums is None:
         return product(x, w.weight)
-    like_x, like_weight = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, w.weight))
-    meeting = _Meeting(product, lay, like_x, like_weight, gram=w.sums.ndim == 3)
+    meeting = _Meeting(product, lay, _zeros(x), _zeros(w.weight), gram=w.sums.ndim == 3)
     return _meet(meeting, x, w.weight, w.sums, w.rows, w.wanted)
+
+
+def _zeros(like: Array) -> Callable[[], Array]:
+    return functools.partial(jnp.zeros, like.shape, like.dtype, out_sharding=explicit_sharding(like))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,8 +163,7 @@ def _meet_fwd(
 def _meet_bwd(meeting: _Meeting, kept: Any, _: Array) -> Any:
     seen, wanted = kept
     sums, rows = seen if isinstance(seen, tuple) else meeting.statistic(seen, wanted)
-    zeros = (jnp.zeros(like.shape, like.dtype) for like in (meeting.x, meeting.weight))
-    return *zeros, sums, rows, None
+    return meeting.x(), meeting.weight(), sums, rows, None
 
 
 _meet.defvjp(_meet_fwd, _meet_bwd)

@@ -18,6 +18,7 @@ from jaxcompress.calibrate import (
     check_compensation,
     check_settled,
     compensated,
+    in_place,
     inverse_factor,
     observer_for,
 )
@@ -95,9 +96,8 @@ def sparsegpt(
             assert isinstance(pattern, Unstructured)
             group, nm = min(block_size, layout.matrix_shape[1]), None
             budgets = _budgets(pattern, layout, group)
-        new, kept = _sparsegpt(
-            weight, statistics.gram, damping, budgets, layout=layout, nm=nm, group=group, block=block_size
-        )
+        compensate = functools.partial(_sparsegpt, layout=layout, nm=nm, group=group, block=block_size)
+        new, kept = in_place(compensate, weight, statistics.gram, damping, budgets)
         check_settled(name, new, damping)
         return new, kept
 
@@ -128,7 +128,7 @@ def wanda_one_shot(
     def prune_one(name: str, weight: Array, statistics: InputStatistics, pattern: Pattern) -> tuple[Array, Array]:
         layout = statistics.layout
         if isinstance(pattern, NM):
-            return _wanda(weight, statistics.squares, None, layout=layout, nm=pattern)
+            return in_place(functools.partial(_wanda, layout=layout, nm=pattern), weight, statistics.squares, None)
         assert isinstance(pattern, Unstructured)
         _, inputs, outputs = layout.matrix_shape
         units = inputs if per_output else inputs * outputs
@@ -138,7 +138,8 @@ def wanda_one_shot(
                 f"{name!r}: {'every output' if per_output else 'it'} would lose all its {units} weights to {pattern}: "
                 f"lower the sparsity, give it the rule None, or pass allow_empty=True"
             )
-        return _wanda(weight, statistics.squares, jnp.uint32(gone), layout=layout, nm=None, stack=1 + per_output)
+        ranked = functools.partial(_wanda, layout=layout, nm=None, stack=1 + per_output)
+        return in_place(ranked, weight, statistics.squares, jnp.uint32(gone))
 
     return _pruned(fn, params, batches, rules, prune_one, sequential, allow_empty, gram=False)
 

@@ -15,6 +15,7 @@ from jaxcompress.calibrate import (
     check_compensation,
     check_settled,
     compensated,
+    in_place,
     inverse_factor,
     observer_for,
 )
@@ -65,7 +66,7 @@ def gptq(
     leaves = named_leaves(params, is_leaf)
     specs = dict(zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True))
     # their scales, zero points and forms are those of the result
-    nearest = {name: _nearest(name, x, specs[name]) for name, x in leaves if specs[name] is not None}
+    nearest = {name: nearest_leaf(name, x, specs[name]) for name, x in leaves if specs[name] is not None}
     observer, batches = observer_for(fn, params, batches, list(nearest), gram=True)
     statistics = observer.measure(params, batches, list(nearest) if len(nearest) < len(observer.layouts) else None)
 
@@ -73,9 +74,8 @@ def gptq(
         if name not in nearest:
             return weight
         seen, grid = statistics[name], nearest[name]
-        codes = _gptq(
-            weight, seen.gram, damping, layout=seen.layout, spec=specs[name], block=block_size, by_energy=by_energy
-        )
+        rounded = functools.partial(_gptq, layout=seen.layout, spec=specs[name], block=block_size, by_energy=by_energy)
+        codes = in_place(rounded, weight, seen.gram, damping)
         check_settled(name, codes, damping)
         return Quantized.from_codes(
             codes,
@@ -90,7 +90,7 @@ def gptq(
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [converted(name, x) for name, x in leaves])
 
 
-def _nearest(name: str, weight: Any, spec: Any) -> Quantized:
+def nearest_leaf(name: str, weight: Any, spec: Any) -> Quantized:
     """The weight as `convert` rounds it; raises, naming the weight, what that would."""
     if not isinstance(spec, Affine):
         raise TypeError(f"{name!r}: gptq rounds to an Affine grid, got the rule {spec!r}")

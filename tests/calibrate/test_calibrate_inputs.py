@@ -249,6 +249,27 @@ def test_batches_over_eight_devices(rng):
     assert not any(f"f32[{shape}]" in line for line in made for shape in ("8,16", "16,8", "16,16"))  # whole weights
 
 
+def test_an_explicit_mesh(rng):
+    """Through a scan and a convolution, whose results say how they are divided."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    params = {"conv": normal(rng, 3, 3, 2, 8), "stack": normal(rng, 2, 8, 8), "last": normal(rng, 8, 4)}
+    x = normal(rng, 8, 5, 5, 2)
+
+    def fn(params, x):
+        x = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), jnp.mean(x, (1, 2)), params["stack"])[0]
+        return x @ params["last"]
+
+    alone = input_statistics(fn, params, [x], {"": True})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, P())) | {
+            "last": jax.device_put(params["last"], NamedSharding(mesh, P(None, "model")))
+        }
+        stats = input_statistics(fn, placed, [jax.device_put(x, NamedSharding(mesh, P("data")))], {"": True})
+    for name in alone:
+        close(stats[name].gram, alone[name].gram)
+
+
 def test_it_costs_a_forward_pass_and_the_sums(rng):
     """XLA drops what a gradient computes besides: twice the products of the forward pass."""
     params, x = {name: normal(rng, 64, 64) for name in "abc"}, normal(rng, 512, 64)

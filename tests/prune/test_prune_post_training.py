@@ -1,5 +1,7 @@
 """SparseGPT and Wanda against NumPy in float64, against each other, over devices, and on what they must refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,15 +163,17 @@ def test_one_layer_after_the_other(rng):
     np.testing.assert_array_equal(pruned.params["z"], at_once.params["z"])
 
 
-def test_over_eight_devices(rng):
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_over_eight_devices(kind, rng):
     """Weights divided along their outputs, batches along their examples: the same, and no weight is gathered."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     w, x = problem(rng, inputs=24, outputs=32)
     placed = {"w": jax.device_put(w, NamedSharding(mesh, P(None, "model")))}
     batch = jax.device_put(x, NamedSharding(mesh, P("data")))
-    for rule in (0.6, prune.NM(2, 4)):
-        alone = prune.sparsegpt(linear, {"w": w}, [x], {"w": rule}, block_size=8)
-        spread = prune.sparsegpt(linear, placed, [batch], {"w": rule}, block_size=8)
+    ways = (functools.partial(prune.sparsegpt, block_size=8), 0.6), (prune.wanda_one_shot, prune.NM(2, 4))
+    for way, rule in ways if kind == AxisType.Explicit else (ways[0], (ways[0][0], prune.NM(2, 4))):
+        alone = way(linear, {"w": w}, [x], {"w": rule})
+        spread = way(linear, placed, [batch], {"w": rule})
         np.testing.assert_array_equal(alone.masks["w"], spread.masks["w"])
         np.testing.assert_allclose(alone.params["w"], spread.params["w"], rtol=1e-3, atol=1e-4)
         assert spread.params["w"].sharding.is_equivalent_to(placed["w"].sharding, 2)

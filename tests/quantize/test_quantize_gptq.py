@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxcompress import quantize
 from jaxcompress.arrays import Quantized, compressed, dense
@@ -109,3 +111,14 @@ def test_refuses(rng):
     with pytest.raises(ValueError, match="does not measure Gram"):
         observer = InputObserver(linear, {"w": w}, x, {"w": True}, gram=False)
         quantize.gptq(observer, {"w": w}, [x], {"w": Affine()})
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_over_eight_devices(kind, rng):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    w, x = problem(rng)
+    alone = quantize.gptq(linear, {"w": w}, [x], {"w": Affine(8)})["w"]
+    spread = jax.device_put(w, NamedSharding(mesh, P(None, "model")))
+    small = quantize.gptq(linear, {"w": spread}, [jax.device_put(x, NamedSharding(mesh, P("data")))], {"w": Affine(8)})
+    assert np.mean(np.asarray(small["w"].values) == alone.values) > 0.99  # sums of parts round ties otherwise
+    assert small["w"].values.sharding.is_equivalent_to(spread.sharding, 2)
