@@ -29,5 +29,5 @@ def _automatic(fn: Callable[..., Any], x: Array, out: PartitionSpec | None, *arg
     sharding = explicit_sharding(x)
     if sharding is None:
         return fn(x, *args)
-    with jax.sharding.use_abstract_mesh(sharding.mesh):
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
         return jax.sharding.auto_axes(fn, out_sharding=out)(x, *args)
