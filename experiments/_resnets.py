@@ -43,20 +43,22 @@ class Resnet(nn.Module):
 
     Attributes:
       blocks: a stage.
-      widths: channels of the stages; the first convolution has the first stage's.
+      widths: channels of the stages.
       classes: outputs.
       stem_stride: of the first convolution; 1 in the paper, 2 for a quarter of the work.
+      stem_width: channels of the first convolution; by default the first stage's.
     """
 
     blocks: int
     widths: tuple[int, int, int] = (16, 32, 64)
     classes: int = 10
     stem_stride: int = 1
+    stem_width: int | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Logits `[batch, classes]` of images `[batch, height, width, channels]`."""
-        x = nn.Conv(self.widths[0], (3, 3), strides=self.stem_stride, use_bias=False)(images)
+        x = nn.Conv(self.stem_width or self.widths[0], (3, 3), strides=self.stem_stride, use_bias=False)(images)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         for i, width in enumerate(self.widths):
             x = nn.relu(Stage(width, self.blocks, 1 if i == 0 else 2)(x, train))
