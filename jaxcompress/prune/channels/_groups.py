@@ -169,8 +169,7 @@ def found(traced: Traced, free_out: tuple[str, ...] = ()) -> Groups:
     for key, parts in families.items():
         members, size = _members(traced, parts)
         if size > 1:
-            note = inexact.get(key)
-            made.append((members, size, (note,) if note else ()))
+            made.append((members, size, (inexact[key],) if key in inexact else ()))
     names = _names([members for members, _, _ in made])
     return Groups(
         tuple(

@@ -125,7 +125,7 @@ class Atoms:
     def kept(self, label: np.ndarray, dropped: np.ndarray) -> np.ndarray:
         """Of each index, whether it stays when the atoms marked in `dropped` go; bool [indices]."""
         resolved = self.resolve(label)
-        return np.ones(len(label), bool) if resolved is None else ~dropped[resolved].any(axis=1)
+        return np.ones(len(label), bool) if resolved is None else np.logical_not(dropped[resolved].any(axis=1))
 
     def why(self, label: np.ndarray) -> str:
         """The first reason for which an index of a frozen label is frozen."""
@@ -150,7 +150,7 @@ class Atoms:
         return root
 
     def _expanded(self, atoms: np.ndarray) -> np.ndarray:
-        columns = []
+        columns: list[np.ndarray] = []
         for column in atoms.T:
             rows = self.replaced[column]
             if rows.any():

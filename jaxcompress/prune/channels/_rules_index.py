@@ -81,7 +81,7 @@ def _gather(tracer: Tracer, call: Call) -> list[Value]:
             axes.append(())
     call.extra = passing
     source = (x.source[0], tuple(axes)) if x.source is not None else None
-    return [tracer.value(call.avals[0], labels, zero, source=source)]  # type: ignore[arg-type]
+    return [tracer.value(call.avals[0], labels, zero, source=source)]
 
 
 def _gather_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:

@@ -21,10 +21,14 @@ def _broadcast_in_dim(tracer: Tracer, call: Call) -> list[Value]:
     zero, axes = [], []
     for axis, n in enumerate(shape):
         from_axis = placed.get(axis)
-        passes = from_axis is not None and x.shape[from_axis] == n
-        labels.append(x.labels[from_axis] if passes else tracer.atoms.fresh(n) if n > 1 else None)  # type: ignore[index]
-        zero.append(x.zero[from_axis] if passes else x.is_zero)  # type: ignore[index]
-        axes.append(x.source[1][from_axis] if passes and x.source is not None else ())
+        if from_axis is not None and x.shape[from_axis] == n:
+            labels.append(x.labels[from_axis])
+            zero.append(x.zero[from_axis])
+            axes.append(x.source[1][from_axis] if x.source is not None else ())
+        else:
+            labels.append(tracer.atoms.fresh(n) if n > 1 else None)
+            zero.append(x.is_zero)
+            axes.append(())
     source = (x.source[0], tuple(axes)) if x.source is not None else None
     keeps = math.prod(shape) == math.prod(x.shape)
     return [tracer.value(call.avals[0], labels, zero, source=source, summed=x.summed if keeps else None)]
@@ -184,7 +188,8 @@ def _split_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
 def _pad(tracer: Tracer, call: Call) -> list[Value]:
     x, filler = call.inputs
     labels: list[Label] = []
-    zero, parts = [], []
+    zero = []
+    parts: list[Any] = []
     for axis, (low, high, interior) in enumerate(call.params["padding_config"]):
         label, n = x.labels[axis], x.shape[axis]
         if interior:

@@ -100,7 +100,7 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
         tape,
         names,
         params_before,
-        lambda leaves: eqx.combine(structure.unflatten(leaves), static[0]),
+        lambda leaves: eqx.combine(jax.tree.unflatten(structure, leaves), static[0]),
         out_names,
     )
 

@@ -661,7 +661,10 @@ def while_loop():
 
     def fn(p, x):
         h = jnp.tanh(x @ p["a"])
-        body = lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["b"]))
+
+        def body(c):
+            return c[0] + 1, jnp.tanh(c[1] @ p["b"])
+
         _, turned = lax.while_loop(lambda c: c[0] < 3, body, (0, lax.stop_gradient(h)))
         return (h + lax.stop_gradient(turned)) @ p["c"]
 

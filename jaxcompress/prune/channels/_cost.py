@@ -1,0 +1,54 @@
+"""What a function costs after a plan: the multiplications and additions of its products and convolutions."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxcompress.prune.channels._groups import Groups
+from jaxcompress.prune.channels._plan import Plan
+from jaxcompress.prune.channels._run import Runner
+from jaxcompress.prune.channels._shrink import dropped_atoms
+from jaxcompress.prune.channels._tape import Step, Tape
+
+
+def flops(groups: Groups, plan: Plan | None = None) -> int:
+    """Floating-point operations of matrix products and convolutions, for the inputs that the groups were found with.
+
+    A multiplication and an addition count two. A `scan`'s body counts once a turn, a `while`'s once in all, and of
+    branches the dearest one.
+
+    Args:
+      groups: of the function.
+      plan: what stays; without one, everything.
+    """
+    atoms = groups.traced.tracer.atoms
+    dropped = np.zeros(atoms.count, bool) if plan is None else dropped_atoms(groups.traced, plan)
+    return _of_tape(Runner(groups.traced.tracer, dropped), groups.traced.tape)
+
+
+def _of_tape(runner: Runner, tape: Tape) -> int:
+    return sum(_of_step(runner, step) for step in tape.steps)
+
+
+def _of_step(runner: Runner, step: Step) -> int:
+    name = step.primitive.name if step.primitive is not None else ""
+    if name == "dot_general":
+        (contract, _), _ = step.params["dimension_numbers"]
+        x = runner.shape(step.inputs[0])
+        return 2 * math.prod(runner.shape(step.outputs[0])) * math.prod(x[i] for i in contract)
+    if name == "conv_general_dilated":
+        kernel, spec = runner.shape(step.inputs[1]), step.params["dimension_numbers"].rhs_spec
+        return 2 * math.prod(runner.shape(step.outputs[0])) * math.prod(kernel[i] for i in spec[1:])
+    inner = [_of_tape(runner, tape) for tape in _tapes(step, name)]
+    if name == "cond":
+        return max(inner, default=0)
+    return sum(inner) * (step.params["length"] if name == "scan" else 1)
+
+
+def _tapes(step: Step, name: str) -> list[Any]:
+    if isinstance(step.extra, Tape):
+        return [step.extra]
+    if name.startswith("custom_"):
+        return [step.extra[0]] if step.extra else []
+    return [x for x in step.extra if isinstance(x, Tape)] if isinstance(step.extra, list | tuple) else []
