@@ -84,8 +84,8 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
         return tiled(floats, _rounded_input(x, w, dims), w, dims)
 
     def integers(codes: Array) -> Array:
-        # XLA:CPU multiplies integers of fewer than four rows six times slower than floats, which add up 1,024 products
-        # of two int8 as exactly as integers do
+        # XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two int8 as
+        # exactly as integers do
         return tiled(
             lambda x, w: floats(x, w).astype(jnp.int32),
             codes.astype(jnp.float32),
@@ -94,7 +94,7 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             whole=lambda: _dot_columns(
                 lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params
             ),
-            rows=3,
+            rows=32,
             depth=1 << 10,
         )
 

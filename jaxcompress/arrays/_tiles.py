@@ -2,7 +2,8 @@
 
 XLA fuses the decoding of a weight into a product on GPU and TPU. On a CPU it does not: it writes the whole float weight
 to memory first, and a product that should read a byte a weight moves nine. Here a loop decodes a tile that fits the
-cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles.
+cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles. Two such loops, each over half
+of what is summed, run at the same time: XLA gives one loop one core.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -20,6 +22,8 @@ W = TypeVar("W", bound="Tileable")
 
 TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
 WIDTH = 1 << 10  # of them along the output
+FEW, WIDE = 8, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
+LOOPS = 2
 WORTH = 1 << 18  # smaller weights are decoded whole
 
 
@@ -60,15 +64,16 @@ def tiled(
       depth: the most contracted weights that one tile may add up.
     """
     at_once = whole if whole is not None else lambda: product(x, w)
-    plan = _plan(w, dims, depth)
     count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
-    few = rows is None or (isinstance(count, int) and count <= rows)  # under jax.export it may be a symbol
+    count = count if isinstance(count, int) else FEW  # under jax.export it may be a symbol
+    plan = _plan(w, dims, depth, WIDE if count < FEW else WIDTH)
+    few = rows is None or count <= rows
     if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
         return at_once()
     return lax.platform_dependent(cpu=lambda: _loops(product, x, w, dims, *plan), default=at_once)
 
 
-def _plan(w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
+def _plan(w: Any, dims: Dims, depth: int, width: int) -> tuple[int, int, int, int] | None:
     """(contracted axis, its tile, free axis, its tile) of the weight; `None` where tiles don't pay or don't fit."""
     free = dims.w_free(len(w.shape))
     if math.prod(w.shape) < WORTH or not free or not dims.w_contract:
@@ -76,7 +81,7 @@ def _plan(w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
     along, across = (max(axes, key=lambda axis: w.shape[axis]) for axes in (dims.w_contract, free))
     rest = math.prod(w.shape) // (w.shape[along] * w.shape[across])
     beside = math.prod(w.shape[axis] for axis in dims.w_contract if axis != along)
-    width = _part(w, across, WIDTH // max(1, rest // beside))
+    width = _part(w, across, min(width // max(1, rest // beside), TILE // (w.unit(along) * rest)))
     part = _part(w, along, min(TILE // (width * rest), depth // beside))
     worth = width * part * rest >= TILE // 8  # an axis of few divisors makes tiles too small
     return (along, part, across, width) if worth and part * beside <= depth else None
@@ -94,16 +99,18 @@ def _loops(
 ) -> Array:
     x_axis = dims.x_contract[dims.w_contract.index(along)]
 
-    def column(_: None, j: Array) -> tuple[None, Array]:
+    def column(steps: Array, j: Array) -> tuple[Array, Array]:
         def at(i: Array) -> Array:
             here = w.tile(along, i * part, part).tile(across, j * width, width)
             return product(lax.dynamic_slice_in_dim(x, i * part, part, x_axis), here)
 
         first, again = jax.eval_shape(at, jnp.int32(0)), jax.checkpoint(at, prevent_cse=False)
-        zeros, steps = jnp.zeros(first.shape, first.dtype), jnp.arange(w.shape[along] // part)
-        return None, lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
+        zeros = jnp.zeros(first.shape, first.dtype)
+        return steps, lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
 
-    _, columns = lax.scan(column, None, jnp.arange(w.shape[across] // width))
+    shares = np.array_split(np.arange(w.shape[along] // part), LOOPS)
+    js = jnp.arange(w.shape[across] // width)
+    columns = sum(lax.scan(column, jnp.asarray(steps), js)[1] for steps in shares if len(steps))
     axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
     return _side_by_side(columns, axis)
 

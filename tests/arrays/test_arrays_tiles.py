@@ -85,7 +85,7 @@ def test_products(small_tiles, case: str, spec: str) -> None:
         assert loops(product, x, w) >= 1
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("rows", [1, 32, 33])
 def test_integers_are_exact(small_tiles, monkeypatch, rows: int) -> None:
     """The int32 sums of integer execution, from an oracle in int64; few rows go through float tiles, exactly."""
     monkeypatch.setattr(_tiles, "TILE", 1 << 16)
@@ -96,7 +96,7 @@ def test_integers_are_exact(small_tiles, monkeypatch, rows: int) -> None:
     sums = codes @ np.asarray(w.codes(), np.int64)
     assert np.abs(sums).max() < 2**24  # so that the float32 result shows every unit
     np.testing.assert_array_equal(np.round(np.asarray(got) / step / float(w.scale.item())), sums)
-    assert (loops(compressed(jnp.dot), x, w) > 0) == (rows < 4)
+    assert (loops(compressed(jnp.dot), x, w) > 0) == (rows <= 32)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -112,17 +112,18 @@ def test_convolutions(small_tiles, bits: int) -> None:
 
 @pytest.mark.parametrize("spec", ["int8", "int4", "groups"])
 def test_no_float_copy_of_the_weight(monkeypatch, spec: str) -> None:
-    """Compiled at batch 1: temporaries of a tenth of the weight's codes, and no float array of its shape."""
+    """Compiled at batch 1: temporaries of a twentieth of the weight's codes, and no float array of its shape."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    n = 2048
+    n = 4096
     spec = {"int8": Affine(), "int4": Affine(bits=4), "groups": Affine(group=(0, 64))}[spec]
-    w = jax.eval_shape(lambda w: quantize(w, spec), jnp.zeros((n, n)))
+    w = jax.eval_shape(lambda w: quantize(w, spec), jax.ShapeDtypeStruct((n, n), jnp.float32))
     x = jax.ShapeDtypeStruct((1, n), jnp.float32)
 
     def slope(x: jax.Array, w: Quantized) -> jax.Array:
         return jax.grad(lambda x: jnp.sum(jnp.sin(compressed(jnp.dot)(x, w))))(x)
 
-    for fn, most in ((compressed(jnp.dot), 0.10 * n * n), (slope, 1.2 * n * n)):  # a gradient copies the codes, once
+    few = 0.05 * w.values.size  # of which a byte each; a gradient copies the codes, of groups one and a half times
+    for fn, most in ((compressed(jnp.dot), few), (slope, 1.6 * n * n)):
         compiled = jax.jit(fn).lower(x, w).compile()
         assert not re.search(rf"(f32|bf16|s16)\[{n},{n}\]", compiled.as_text())
         assert compiled.memory_analysis().temp_size_in_bytes < most
