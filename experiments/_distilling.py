@@ -141,10 +141,12 @@ class Room:
         self.steps = len(self.labels) // self.batch  # an epoch
         self._test: tuple[jax.Array, jax.Array] | None = None
         self._forward: dict[nn.Module, Any] = {}
+        self._init: dict[nn.Module, Any] = {}
 
     def init(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Fresh variables."""
-        return dict(model.init(jax.random.key(seed), self.images[:1]))
+        run = self._init.setdefault(model, jax.jit(model.init))
+        return dict(run(jax.random.key(seed), self.images[:1]))
 
     def logits(self, model: nn.Module, variables: Variables, images: jax.Array | None = None) -> jax.Array:
         """Logits `[examples, classes]` in evaluation mode, of the training images if no others are given."""

@@ -220,7 +220,8 @@ def main(config: Config) -> _results.Result:
         " its way"
         " does better than the baseline that stands below.",
         command=command("distill_teaching", c),
-        selection="both lengths and the teachers' width, by the validation accuracy of three seeds; else nothing. Two runs"
+        selection="both lengths and the teachers' width, by the validation accuracy of three seeds; else nothing. Two"
+        " runs"
         " came before this one: at 40 epochs distilled students had not converged, and from teachers that had seen no"
         " moved images only the average of its own past was ahead of its baseline by more than the noise",
         columns=[Column("accuracy", "test accuracy (%)")],
@@ -233,7 +234,8 @@ def main(config: Config) -> _results.Result:
             f" have"
             f" {c.generations + 1} networks. Mutual learning is of two students, at T = 1; the first is measured.",
             f"The teachers saw images moved by up to {c.jitter} pixel each way, another way each time, for"
-            f" {c.teacher_epochs} epochs, and so know what the labels of {len(school.room.labels)} images do not say; all"
+            f" {c.teacher_epochs} epochs, and so know what the labels of {len(school.room.labels)} images do not say;"
+            f" all"
             " students but two see the images as they are. Those two see moved ones: the refinery gives the teacher's"
             " label of each as it was moved, and no other. Born-again networks and the first generation have the"
             " teacher's layers and see the images as they are.",
