@@ -134,9 +134,6 @@ class ShuffleUnit2(nn.Module):
         return shuffled(jnp.concatenate([left, right], axis=-1), 2)
 
 
-Blocks = Sequence[Callable[[], nn.Module]]
-
-
 class Stage(nn.Module):
     """Blocks one after the other, with an activation between them where the network has one."""
 
@@ -315,10 +312,11 @@ class Recipe:
     """Of the random crops."""
 
     @classmethod
-    def of(cls, student: str) -> "Recipe":
-        """The recipe of a student: the light networks begin at 0.01."""
+    def of(cls, student: str, epochs: int = 240) -> "Recipe":
+        """The recipe of a network; the light ones begin at 0.01. Other lengths drop at the same parts of the way."""
         light = student in ("MobileNetV2", "ShuffleNetV1", "ShuffleNetV2")
-        return cls(rate=0.01 if light else 0.05)
+        drops = tuple(round(epochs * drop / cls.epochs) for drop in cls.drops)
+        return cls(epochs, rate=0.01 if light else 0.05, drops=drops)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """SGD for epochs of so many steps; the weight decay passes through the momentum, as PyTorch's does."""

@@ -16,7 +16,7 @@ and prints its splits. To add one, write a file like `_digits.py` and list it in
 import os
 
 from experiments._splits import Dataset, HeldOut, Read, Split, SplitRecord, stratify
-from experiments.data import _cifar10, _digits, _mnist
+from experiments.data import _cifar10, _cifar100, _digits, _mnist
 from experiments.data._batches import Augment, Batch, Batches, batches
 from experiments.data._prepare import DataNotFoundError, Source, cache_folder, prepared, read_records
 
@@ -37,7 +37,12 @@ __all__ = [
     "load",
 ]
 
-SOURCES = {"digits": _digits.SOURCE, "mnist": _mnist.SOURCE, "cifar10": _cifar10.SOURCE}
+SOURCES = {
+    "digits": _digits.SOURCE,
+    "mnist": _mnist.SOURCE,
+    "cifar10": _cifar10.SOURCE,
+    "cifar100": _cifar100.SOURCE,
+}
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:

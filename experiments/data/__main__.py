@@ -12,7 +12,7 @@ def main(name: str = "digits", data_dir: Path | None = None) -> None:
     """Prepares a data set as array_record files, and prints the size and the SHA-256 of each split.
 
     Args:
-      name: the data set: digits, mnist, cifar10.
+      name: the data set: digits, mnist, cifar10, cifar100.
       data_dir: the folder with prepared or original files; default: $JAXCOMPRESS_DATA_DIR, else
         ~/.cache/jaxcompress/tfds.
     """

@@ -15,11 +15,15 @@ from experiments import (
     distill_capacity,
     distill_methods,
     distill_mnist,
+    distill_pairs,
     distill_teaching,
     distill_why,
 )
 from experiments._bert import BASE, TINY, Bert
+from experiments._cifar100 import MODELS, PAIRS, Recipe
 from experiments._distilling import Learner, Mlp, Room, guided, jittered, logits_loss
+from experiments.data import DataNotFoundError, _cifar100, load
+from experiments.data._prepare import prepared, read_records
 from experiments.distill_why import calibration
 
 
@@ -110,6 +114,62 @@ def test_calibration_counts_by_hand():
     assert sure.error == pytest.approx(0, abs=1e-6) and sure.share[-1] == 1
 
 
+COUNTS = {
+    "resnet20": 278_324, "resnet32": 472_756, "resnet56": 861_620, "resnet110": 1_736_564, "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860, "WRN-16-2": 703_284, "WRN-40-1": 569_780, "WRN-40-2": 2_255_156, "VGG8": 3_965_028,
+    "VGG13": 9_462_180, "ResNet50": 23_705_252, "MobileNetV2": 812_836, "ShuffleNetV1": 949_258,
+    "ShuffleNetV2": 1_355_528,
+}  # fmt: skip
+"""Of the reference implementations, with 100 classes."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("resnet8x4", "VGG8") else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS]
+)
+def test_the_networks_of_the_cifar100_pairs_have_the_literatures_sizes(name):
+    shapes = jax.eval_shape(MODELS[name]().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(np.prod(x.shape) for x in jax.tree.leaves(shapes["params"])) == COUNTS[name]
+    assert {"Stage_0", "Stage_1", "Stage_2"} <= set(shapes["params"])
+
+
+def test_the_pairs_and_their_recipe():
+    assert len(PAIRS) == len(set(PAIRS)) == 11 and {n for p in PAIRS for n in p[:2]} == set(MODELS) == set(COUNTS)
+    assert Recipe.of("resnet20").rate == 0.05 and Recipe.of("ShuffleNetV2").rate == 0.01
+    assert Recipe.of("VGG8", 24).drops == (15, 18, 21)
+    tx = Recipe.of("VGG8", 24).optimizer(steps=1)
+    params = {"w": jnp.array([1.0, -2.0])}
+    state, w, velocity = tx.init(params), np.array([1.0, -2.0]), np.zeros(2)
+    for step in range(24):  # as PyTorch's SGD
+        gradient = np.array([0.3, -0.1]) * (step + 1)
+        velocity = 0.9 * velocity + gradient + 5e-4 * w
+        w = w - 0.05 * 0.1 ** sum(step >= drop for drop in (15, 18, 21)) * velocity
+        updates, state = tx.update({"w": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
+def test_cifar100_is_read_from_its_binary_version(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 7), ("test", 3)):
+        labels, images = rng.integers(0, 100, (n, 2), np.uint8), rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
+        planes = images.transpose(0, 3, 1, 2).reshape(n, -1)
+        (tmp_path / f"{part}.bin").write_bytes(np.concatenate([labels, planes], axis=1).tobytes())
+    root = prepared(_cifar100.SOURCE, tmp_path)
+    found, fine = read_records(_cifar100.SOURCE, root, "test")
+    order = [next(i for i in range(3) if np.array_equal(images[i], image)) for image in found]
+    assert sorted(order) == [0, 1, 2]
+    np.testing.assert_array_equal(fine, labels[order, 1])
+
+
+def test_cifar100_files_that_are_none(tmp_path):
+    with pytest.raises(DataNotFoundError, match=r"train\.bin, test\.bin of the binary version in .*--data-dir"):
+        load("cifar100", tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.bin").write_bytes(b"x" * 3073)
+    with pytest.raises(ValueError, match="3073 bytes are no whole records"):
+        load("cifar100", tmp_path)
+
+
 def test_bert_has_the_papers_sizes():
     """BERT-base's own count, and TinyBERT's 14.5 million, without making either."""
     sizes = []
@@ -189,6 +249,12 @@ def test_smoothing_and_partial_teachers(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_pair_under_the_literatures_recipe(tmp_path):
+    rows = checked(distill_pairs.main(dataclasses.replace(distill_pairs.SHORT, out=tmp_path)), tmp_path)
+    assert len(rows) == 5 and rows["teacher resnet20"]["size"].mean == 272_186  # 10 classes and one channel
+
+
+@pytest.mark.slow
 def test_every_method(tmp_path):
     result = distill_methods.main(dataclasses.replace(distill_methods.SHORT, out=tmp_path))
     rows = checked(result, tmp_path)
@@ -203,6 +269,7 @@ def test_every_method(tmp_path):
         (lambda: Room(_distilling.Config(seeds=0)), "1 seed and 1 epoch or more"),
         (lambda: distill_mnist.main(distill_mnist.Config(parts=("all",))), "parts are table, temperatures, ensemble"),
         (lambda: distill_why.main(distill_why.Config(parts=())), "parts are smoothing, partial, targets; got none"),
+        (lambda: distill_pairs.main(distill_pairs.Config(teacher="resnet9")), "no network resnet9: there are resnet20"),
         (lambda: distill_capacity.main(distill_capacity.Config(parts=("x",))), "parts are growing, shapes; got x"),
     ],
 )
