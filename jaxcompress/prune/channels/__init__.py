@@ -15,10 +15,14 @@ has a rule that relates the labels of what goes in and what comes out (`_rules_*
 whole what it meets, which the groups report. `docs/channels.md` has the details.
 """
 
+from jaxcompress.prune.channels._activations import activation
 from jaxcompress.prune.channels._choose import plan
 from jaxcompress.prune.channels._cost import flops
+from jaxcompress.prune.channels._draw import draw
 from jaxcompress.prune.channels._groups import Group, Groups, Member, groups
+from jaxcompress.prune.channels._penalties import group_lasso, unit_norms
 from jaxcompress.prune.channels._plan import Plan, from_units
+from jaxcompress.prune.channels._register import Along, register
 from jaxcompress.prune.channels._scores import (
     from_weights,
     geometric_median,
@@ -32,23 +36,29 @@ from jaxcompress.prune.channels._scores import (
 from jaxcompress.prune.channels._shrink import Verification, shrink, verify
 
 __all__ = [
+    "Along",
     "Group",
     "Groups",
     "Member",
     "Plan",
     "Verification",
+    "activation",
+    "draw",
     "flops",
     "from_units",
     "from_weights",
     "geometric_median",
+    "group_lasso",
     "groups",
     "hessian",
     "lamp",
     "norm",
     "plan",
     "random",
+    "register",
     "scale",
     "shrink",
     "taylor",
+    "unit_norms",
     "verify",
 ]

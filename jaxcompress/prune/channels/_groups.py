@@ -194,8 +194,9 @@ def _kinds(traced: Traced, owned: Sequence[tuple[int, int, np.ndarray]]) -> np.n
         if resolved is not None:
             places.append(resolved)
     for i, resolved in enumerate(places):
-        own, counts = np.unique(resolved, return_counts=True)
-        kind[own] += _mixed(np.uint64(i + 1) * np.uint64(1 << 32) + counts.astype(np.uint64))
+        for j, column in enumerate(resolved.T):  # a product's factors are never of one kind
+            own, counts = np.unique(column, return_counts=True)
+            kind[own] += _mixed(np.uint64(((i + 1) << 8) + j << 32) + counts.astype(np.uint64))
     return kind
 
 

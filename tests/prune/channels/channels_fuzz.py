@@ -301,7 +301,7 @@ def loop(m, c, values):
 @op
 def branch(m, c, values):
     w, v = m(c, 6), m(c, 6)
-    return 6, lambda p, x, vs: lax.cond(x.sum() > 0, lambda x: x @ p[w], lambda x: jnp.sin(x @ p[v]), x)
+    return 6, lambda p, x, vs: lax.cond(x.sum() + 0.37 > 0, lambda x: x @ p[w], lambda x: jnp.sin(x @ p[v]), x)
 
 
 @op

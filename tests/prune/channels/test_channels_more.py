@@ -1,0 +1,150 @@
+"""Activations against sums by hand, penalties over whole units, pictures, and rules of one's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from channels_zoo import Maker
+from jax.extend.core import Primitive
+
+from jaxcompress.prune import channels
+from jaxcompress.prune.channels._tape import RULES
+
+
+def mlp():
+    m = Maker()
+    params = {"a": m(5, 8), "b": m(8, 6), "c": m(6, 3)}
+    return lambda p, x: jnp.tanh(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"], params
+
+
+def batches(n=3):
+    rng = np.random.default_rng(5)
+    return [(jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),) for _ in range(n)]
+
+
+@pytest.mark.parametrize("statistic", ["mean", "active", "square"])
+def test_activations_are_those_that_the_next_product_reads(statistic):
+    fn, params = mlp()
+    groups = channels.groups(fn, params, *batches()[0])
+    found = channels.activation(groups, fn, params, batches(), statistic)
+    of = {"mean": np.abs, "active": lambda h: h != 0, "square": np.square}[statistic]
+    x = np.concatenate([x for (x,) in batches()])
+    h = np.maximum(x @ params["a"], 0)
+    np.testing.assert_allclose(found["a[1]"], of(h).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found["b[1]"], of(np.tanh(h @ params["b"])).mean(0), rtol=1e-4)
+    with pytest.raises(ValueError, match="no batches"):
+        channels.activation(groups, fn, params, [])
+    with pytest.raises(ValueError, match="statistic must be"):
+        channels.activation(groups, fn, params, batches(), "median")
+
+
+def test_activations_inside_a_scan_with_remat():
+    m = Maker()
+    params = {"x": m(5, 4), "h": m(4, 4), "out": m(4, 2)}
+
+    def fn(p, xs):
+        step = jax.checkpoint(lambda h, x: (jnp.tanh(x @ p["x"] + h @ p["h"]), None))
+        return jax.lax.scan(step, jnp.zeros((xs.shape[0], 4)), xs.swapaxes(0, 1))[0] @ p["out"]
+
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+    groups = channels.groups(fn, params, xs)
+    found = channels.activation(groups, fn, params, [(xs,)])
+    h, read = np.zeros((2, 4)), []
+    for t in range(3):
+        read.append(np.abs(h).mean(0))
+        h = np.tanh(xs[:, t] @ params["x"] + h @ params["h"])
+    (group,) = groups
+    np.testing.assert_allclose(found[group.name], (np.mean(read, 0) + np.abs(h).mean(0)) / 2, rtol=1e-4)
+
+
+def test_group_lasso_is_the_gradient_of_the_norms_of_whole_units():
+    fn, params = mlp()
+    params["a"] = params["a"].at[:, 2].set(0)
+    params["b"] = params["b"].at[2].set(0)  # one unit is zero as a whole
+    groups = channels.groups(fn, params, *batches()[0])
+    norms = channels.unit_norms(groups, params)
+    wanted = np.sqrt((np.asarray(params["a"]) ** 2).sum(0) + (np.asarray(params["b"]) ** 2).sum(1))
+    np.testing.assert_allclose(norms["a[1]"], wanted, rtol=1e-5)
+    tx = channels.group_lasso(groups, 0.5)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    safe = np.where(wanted > 0, wanted, 1)
+    np.testing.assert_allclose(updates["a"], 0.5 * params["a"] / safe, rtol=1e-4)
+    assert not np.asarray(updates["a"])[:, 2].any()
+    growing = channels.group_lasso(groups, lambda step: 0.1 * step)
+    first, state = growing.update(params, growing.init(params), params)
+    second, _ = growing.update(params, state, params)
+    np.testing.assert_array_equal(first["c"], params["c"])
+    assert np.abs(second["c"] - params["c"]).max() > 0
+    with pytest.raises(ValueError, match="must not be negative"):
+        channels.group_lasso(groups, -1.0)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(params, tx.init(params))
+
+
+def test_training_under_the_penalty_makes_units_that_cost_nothing_to_cut():
+    fn, params = mlp()
+    x = jnp.concatenate([x for (x,) in batches(8)])
+    y = jnp.tanh(x[:, :1])  # a target that needs few units
+
+    def head(p, x):
+        return fn(p, x)[:, :1]
+
+    groups = channels.groups(head, params, x)
+    tx = optax.chain(channels.group_lasso(groups, 0.02), optax.adam(1e-2))
+
+    def step(carry, _):
+        p, s = carry
+        grads = jax.grad(lambda p: ((head(p, x) - y) ** 2).mean())(p)
+        updates, s = tx.update(grads, s, p)
+        return (optax.apply_updates(p, updates), s), None
+
+    (trained, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, length=300))((params, tx.init(params)))
+
+    def ratio(p):
+        return {k: np.sort(np.asarray(v)) for k, v in channels.unit_norms(groups, p).items()}
+
+    before, after = ratio(params)["a[1]"], ratio(trained)["a[1]"]
+    assert after[1] / after[-1] < before[1] / before[-1]
+
+
+def test_pictures():
+    fn, params = mlp()
+    groups = channels.groups(fn, params, *batches()[0])
+    plan = channels.plan(groups, channels.norm(groups, params), 0.5)
+    lines = channels.draw(groups, plan, width=16).splitlines()
+    assert "████████░░░░░░░░" in lines[0] and "8 -> 4" in lines[0] and "a[1] out" in lines[0]
+    assert channels.draw(groups).count("█") == 32 + 24
+    with pytest.raises(ValueError, match="other groups"):
+        channels.draw(groups, channels.Plan({}, {}, {"other": (2, 1)}))
+
+
+def test_a_rule_of_ones_own():
+    primitive = Primitive("doubled_for_channels_test")
+    primitive.def_impl(lambda x, *, width: 2 * x)
+    primitive.def_abstract_eval(lambda x, *, width: x)
+    jax.interpreters.mlir.register_lowering(
+        primitive, jax.interpreters.mlir.lower_fun(lambda x, *, width: 2 * x, multiple_results=False)
+    )
+    m = Maker()
+    params = {"a": m(5, 8), "b": m(8, 3)}
+
+    def fn(p, x):
+        return primitive.bind(x @ p["a"], width=8) @ p["b"]
+
+    (x,) = batches()[0]
+    groups = channels.groups(fn, params, x)
+    assert len(groups) == 0 and groups.unknown == {primitive.name: 1}
+    try:
+        channels.register(
+            primitive.name,
+            lambda shapes, params: channels.Along(agree=[], outputs=[[(0, 0), (0, 1)]]),
+            lambda params, ins, outs: {"width": outs[0][1]},
+        )
+        groups = channels.groups(fn, params, x)
+        plan = channels.plan(groups, channels.norm(groups, params), 0.5)
+        assert channels.verify(fn, params, plan, x, gradient=False).ok
+        with pytest.raises(ValueError, match="replace=True"):
+            channels.register(primitive.name, lambda shapes, params: channels.Along([], []))
+    finally:
+        RULES.pop(primitive.name, None)
