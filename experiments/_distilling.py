@@ -90,8 +90,8 @@ class Lesson(NamedTuple):
     """Handed in as they are: a temperature, a weight, a teacher's variables."""
     key: jax.Array
     step: jax.Array
-    index: jax.Array
-    """`[batch]`: the images' places in the training data."""
+    places: jax.Array
+    """`[batch]`: where the images stand in the training data."""
     extras: Any = None
     """What goes from step to step, where a loss hands its lesson on."""
 
@@ -194,7 +194,7 @@ class Room:
             if found["setting"] != setting:
                 raise ValueError(f"{path} is of other settings: {found['setting']}; take another --resume folder")
             self.dataset.test.include(Read(**read) for read in found["reads"])
-            return found["value"]  # type: ignore[no-any-return]
+            return found["value"]
         before = len(self.dataset.test.reads)
         value = measure()
         reads = [dataclasses.asdict(read) for read in self.dataset.test.reads[before:]]
@@ -214,10 +214,11 @@ class Room:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_plain(path.with_suffix(".tmp"), learn())
             path.with_suffix(".tmp").replace(path)
-        return load_plain(path, self.init(model, 0))  # type: ignore[no-any-return]
+        return load_plain(path, self.init(model, 0))
 
     def _setting(self) -> str:
-        return repr(dataclasses.replace(self.config, **dict.fromkeys(ELSEWHERE & vars(self.config).keys())))
+        elsewhere: dict[str, Any] = dict.fromkeys(ELSEWHERE & vars(self.config).keys())
+        return repr(dataclasses.replace(self.config, **elsewhere))
 
     def result(self, **fields: Any) -> _results.Result:
         """`_results.result` of this data set."""

@@ -6,6 +6,7 @@ teacher's logits (Ba and Caruana 2014), and a thin deep one with hints from the 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -84,7 +85,7 @@ def growing(config: Config) -> _results.Result:
         variables = learn(f"scratch {seed}", seed, rows=nothing, knobs=knobs | {"alpha": 0.0})
         return room.test(f"student from scratch, seed {seed}", student, variables)
 
-    scratch = [room.kept(f"growing, scratch, seed {seed}", lambda seed=seed: alone(seed)) for seed in range(c.seeds)]
+    scratch = [room.kept(f"growing, scratch, seed {seed}", partial(alone, seed)) for seed in range(c.seeds)]
     for width in c.teachers:
         teacher = Mlp((width,) * 2)
         teach = room.learner(teacher, logits_loss(teacher, hard))
@@ -109,7 +110,7 @@ def growing(config: Config) -> _results.Result:
             return found
 
         for seed in range(c.seeds):
-            found = room.kept(f"growing, {width}, seed {seed}", lambda seed=seed, run=measured: run(seed))
+            found = room.kept(f"growing, {width}, seed {seed}", partial(measured, seed))
             figures.append((f"teacher 2x{width}", seed, found | {"scratch": scratch[seed]}))
         print(f"growing, teacher 2x{width}: done", flush=True)
     arms = {
@@ -225,7 +226,7 @@ def shapes(config: Config) -> _results.Result:
         return found
 
     for seed in range(c.seeds):
-        found = room.kept(f"shapes, seed {seed}", lambda seed=seed: measured(seed))
+        found = room.kept(f"shapes, seed {seed}", partial(measured, seed))
         figures += [(name, seed, ours) for name, ours in found.items()]
         print(f"shapes, seed {seed}: done", flush=True)
     rows_ = gathered(figures)

@@ -7,6 +7,7 @@ student sees the images as they are, so the teacher's logits and maps are comput
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -123,12 +124,12 @@ def projected(pair: Pair, loss: Callable[..., Any], before: bool = False) -> dic
     return {"term": term, "init": init}
 
 
-def over_stages(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def over_stages(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
     """The sum of a loss's means over the stages."""
     return lambda ours, theirs: sum(jnp.mean(loss(a, b)) for a, b in zip(ours, theirs, strict=True))
 
 
-def flows(ours: Any, theirs: Any) -> jax.Array:
+def flows(ours: Any, theirs: Any) -> Any:
     """FSP between each stage and the next."""
     return sum(jnp.mean(distill.flow_loss(ours[i : i + 2], theirs[i : i + 2])) for i in (0, 1))
 
@@ -138,8 +139,8 @@ def methods(pair: Pair) -> dict[str, Method]:
     middle, last = 1, -1
     hint = distill.conv_projector(pair.student[middle], pair.teacher[middle])
     variational = distill.variational_projector(pair.student[last][-1], pair.teacher[last][-1])
-    review = distill.review_fusion(pair.student, pair.teacher, channels=pair.student[last][-1])
-    heads = distill.contrastive_heads(pair.student[last][-1], pair.teacher[last][-1], 64)
+    review: Any = distill.review_fusion(pair.student, pair.teacher, channels=pair.student[last][-1])
+    heads: Any = distill.contrastive_heads(pair.student[last][-1], pair.teacher[last][-1], 64)
     translate = distill.translator(pair.student[last][-1], factor_channels(pair))
     embed = distill.dense_projector(pair.student[last][-1], pair.teacher[last][-1])
 
@@ -150,16 +151,16 @@ def methods(pair: Pair) -> dict[str, Method]:
     def reviewed(p: Any, s: Seen, t: Seen, lesson: Lesson) -> Any:
         return over_stages(distill.review_loss)(review.apply(p, list(s.active)), t.active)
 
-    def overhaul(ours: Any, theirs: Any) -> jax.Array:
+    def overhaul(ours: Any, theirs: Any) -> Any:
         parts = zip(ours, theirs, pair.margins, strict=True)
         return sum(jnp.mean(distill.margin_relu_loss(a, b, m)) / 2 ** (2 - i) for i, (a, b, m) in enumerate(parts))
 
     def crd(p: Any, s: Seen, t: Seen, lesson: Lesson) -> Any:
         student, teacher = heads.apply(p, (s.pooled, t.pooled))
         examples = lesson.knobs["examples"]
-        others = jax.random.randint(lesson.key, (len(lesson.index), 256), 0, examples)
-        chosen = jnp.concatenate([lesson.index[:, None], others], axis=1)
-        return distill.contrastive_loss(student, teacher, lesson.extras["memory"], lesson.index, chosen)
+        others = jax.random.randint(lesson.key, (len(lesson.places), 256), 0, examples)
+        chosen = jnp.concatenate([lesson.places[:, None], others], axis=1)
+        return distill.contrastive_loss(student, teacher, lesson.extras["memory"], lesson.places, chosen)
 
     soft = distill.soft_target_loss
     return {
@@ -324,7 +325,7 @@ def main(config: Config) -> _results.Result:
             return room.test(f"{name}, seed {seed}", school.student, student)
 
         for seed in range(c.seeds):
-            value = room.kept(f"{name}, seed {seed}", lambda seed=seed, run=measured: run(seed))
+            value = room.kept(f"{name}, seed {seed}", partial(measured, seed))
             base.setdefault(seed, value)
             figures.append((name, seed, {"accuracy": value, "gain": value - base[seed]}))
         print(f"{name}: done", flush=True)
@@ -332,10 +333,9 @@ def main(config: Config) -> _results.Result:
     table = gathered(figures)
     result = room.result(
         name=f"distill_methods_{c.data}",
-        title=f"Every classification loss under one recipe, on {c.data}",
-        source="The literature's tables are of CIFAR-100, 240 epochs and larger networks: their figures are not"
-        " repeated"
-        " here.",
+        title=f"{'Every classification loss' if len(chosen) == len(known) else 'Losses'} under one recipe, on {c.data}",
+        source="The literature's tables are of CIFAR-100, 240 epochs and larger networks, so that their figures are not"
+        " repeated here.",
         command=command("distill_methods", c),
         selection="nothing was chosen: all weights are the literature's, and none was tuned",
         columns=[Column("accuracy", "test accuracy (%)"), Column("gain", "over labels alone")],

@@ -9,6 +9,7 @@ which the paper does with speech).
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -128,7 +129,7 @@ class Table:
 
     def go(self, seed: int, teachers: Teachers) -> None:
         """One seed."""
-        found = self.room.kept(f"table, seed {seed}", lambda: self._measured(seed, teachers))
+        found = self.room.kept(f"table, seed {seed}", partial(self._measured, seed, teachers))
         self.figures += [(name, seed, figures) for name, figures in found["figures"].items()]
         self.choices.append(Choice(**found["choice"]))
         print(f"table, seed {seed}: done", flush=True)
@@ -204,7 +205,7 @@ class Sweep:
     def go(self, seed: int, teachers: Teachers) -> None:
         """One seed."""
         for width in self.students:
-            found = self.room.kept(f"sweep 2x{width}, seed {seed}", lambda w=width: self._measured(w, seed, teachers))
+            found = self.room.kept(f"sweep 2x{width}, seed {seed}", partial(self._measured, width, seed, teachers))
             self.figures.append((f"2x{width}", seed, found))
         print(f"temperatures, seed {seed}: done", flush=True)
 
@@ -276,7 +277,7 @@ def ensemble(config: Config) -> _results.Result:
         }
 
     for seed in range(config.seeds):
-        found = room.kept(f"ensemble, seed {seed}", lambda seed=seed: measured(seed))
+        found = room.kept(f"ensemble, seed {seed}", partial(measured, seed))
         gain = found[together] - found[single]
         for name, value in found.items():
             kept = 100 * (value - found[single]) / gain if gain else 0.0
@@ -311,7 +312,8 @@ def main(config: Config) -> list[_results.Result]:
     """Runs the parts; a seed's teacher is trained once for both of those that ask for it."""
     if not config.parts or set(config.parts) - set(PARTS):
         raise ValueError(f"parts are {', '.join(PARTS)}; got {', '.join(config.parts) or 'none'}")
-    taught = [part(config) for name, part in {"table": Table, "temperatures": Sweep}.items() if name in config.parts]
+    taught: list[Table | Sweep] = [Table(config)] if "table" in config.parts else []
+    taught += [Sweep(config)] if "temperatures" in config.parts else []
     if taught:
         teachers = Teachers(taught[0].room)
         for seed in range(config.seeds):

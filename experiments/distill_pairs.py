@@ -7,6 +7,7 @@ epochs and images, the same runs where there is none.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,7 +106,7 @@ def main(config: Config) -> _results.Result:
             return room.test(f"{name}, seed {seed}", student, trained)
 
         for seed in range(c.seeds):
-            value = room.kept(f"{name}, seed {seed}", lambda seed=seed, run=measured: run(seed))
+            value = room.kept(f"{name}, seed {seed}", partial(measured, seed))
             figures.append((f"{c.student}, {name}", seed, {"accuracy": value, "size": size}))
             print(f"{name}, seed {seed}: done", flush=True)
     published = next((p.published for p in PAIRS if (p.teacher, p.student) == (c.teacher, c.student)), None)

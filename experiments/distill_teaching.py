@@ -6,6 +6,7 @@ in turn (Zhang et al. 2018), born-again generations and their ensemble (Furlanel
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -208,7 +209,7 @@ def main(config: Config) -> _results.Result:
     """Runs every seed, and writes the result and the figure."""
     school, figures = School(config), list[tuple[str, int, dict[str, float]]]()
     for seed in range(config.seeds):
-        found = school.room.kept(f"seed {seed}", lambda seed=seed: school.go(seed))
+        found = school.room.kept(f"seed {seed}", partial(school.go, seed))
         figures += [(name, seed, {"accuracy": value}) for name, value in found.items()]
         print(f"seed {seed}: done", flush=True)
     rows = gathered(figures)

@@ -7,6 +7,7 @@ smoothing, which keeps neither (Tang et al. 2020). `targets`: the soft targets o
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +156,7 @@ def smoothing(config: Config, known: Known) -> _results.Result:
         return measures
 
     for seed in range(c.seeds):
-        for name, ours in room.kept(f"smoothing, seed {seed}", lambda seed=seed: measured(seed)).items():
+        for name, ours in room.kept(f"smoothing, seed {seed}", partial(measured, seed)).items():
             found = Calibration(*(np.asarray(x) for x in ours["bins"]))
             seen.setdefault(name, []).append(found)
             figures.append((name, seed, {"ece": 100 * found.error, "accuracy": ours["accuracy"], "nll": ours["nll"]}))
@@ -186,7 +187,7 @@ def smoothing(config: Config, known: Known) -> _results.Result:
     return written(result, c, lambda path: reliability(path, seen))
 
 
-def partial(config: Config, known: Known) -> _results.Result:
+def partly(config: Config, known: Known) -> _results.Result:
     """Teachers of which one effect is left."""
     c, school = config, School(config, known)
     room, labels = school.room, school.room.labels
@@ -221,7 +222,7 @@ def partial(config: Config, known: Known) -> _results.Result:
         return found | {name: room.test(f"{name}, seed {seed}", school.student, v) for name, v in trained.items()}
 
     for seed in range(c.seeds):
-        found = room.kept(f"partial, seed {seed}", lambda seed=seed: measured(seed))
+        found = room.kept(f"partial, seed {seed}", partial(measured, seed))
         figures += [(name, seed, {"accuracy": value}) for name, value in found.items()]
         print(f"partial, seed {seed}: done", flush=True)
     rows_ = gathered(figures)
@@ -261,7 +262,7 @@ def targets(config: Config, known: Known) -> _results.Result:
     c, school = config, School(config, known)
     room, figures = school.room, []
     images, labels = room.validation
-    chosen, shown = 0, {}
+    chosen, shown = 0, dict[float, list[np.ndarray]]()
     for seed in range(c.seeds):
         teacher = school.teach(0.0, seed)
         logits = room.logits(school.teacher, teacher, images)
@@ -338,7 +339,7 @@ def shown_targets(path: Path, image: np.ndarray, label: int, means: dict[float, 
 
 def main(config: Config) -> list[_results.Result]:
     """Runs the parts."""
-    run = {"smoothing": smoothing, "partial": partial, "targets": targets}
+    run = {"smoothing": smoothing, "partial": partly, "targets": targets}
     if not config.parts or set(config.parts) - set(run):
         raise ValueError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
     known: Known = {}
