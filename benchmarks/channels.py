@@ -1,0 +1,100 @@
+"""Cutting channels: how long the analysis takes, and how much faster the smaller networks run.
+
+The networks are those of `_architectures.py`. A share of the units of every group goes, whichever: speed does not ask
+which. The floating-point operations are those of products and convolutions, counted before and after.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _architectures as architectures
+from benchmarks._harness import Figure, Figures, benchmark, faster, summary
+from jaxcompress.prune import channels
+
+SHARES = (0.25, 0.5, 0.75)
+
+ANALYSED: dict[str, Callable[[], architectures.Model]] = {
+    "resnet50": architectures.resnet50,
+    "mobilenet_v2": architectures.mobilenet_v2,
+    "vit_b": architectures.vit_b,
+    "decoder_8b": architectures.llama,
+}
+
+TIMED: dict[str, Callable[[], architectures.Model]] = {
+    "resnet50": lambda: architectures.resnet50(batch=4),
+    "mobilenet_v2": lambda: architectures.mobilenet_v2(batch=4),
+    "vit_b": lambda: architectures.vit_b(batch=2),
+    "decoder": lambda: architectures.llama(
+        time=256, layers=4, d=768, q_heads=12, kv_heads=4, wide=2048, vocabulary=8192, dtype=jnp.float32
+    ),
+}
+
+
+@benchmark("channels.analysis")
+def _analysis(rounds: int) -> Figures:
+    """Seconds of channels.groups on abstract parameters, with what jax.make_jaxpr alone takes beside it."""
+    figures = {}
+    for name, make in ANALYSED.items():
+        ours, staged, found = [], [], None
+        for _ in range(rounds):
+            fn, params, x = make()  # a new function each time: nothing is cached
+            start = time.perf_counter()
+            jax.make_jaxpr(fn)(params, x)
+            staged.append(time.perf_counter() - start)
+            fn, params, x = make()
+            start = time.perf_counter()
+            found = channels.groups(fn, params, x)
+            ours.append(time.perf_counter() - start)
+        assert found is not None
+        parameters = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(params))
+        figures[name] = summary(
+            ours,
+            "s",
+            "the time of jax.make_jaxpr is in the detail",
+            make_jaxpr_s=float(np.median(staged)),
+            groups=len(found),
+            units=sum(group.size for group in found),
+            parameters=parameters,
+        )
+    return figures
+
+
+@benchmark("channels.speed")
+def _speed(rounds: int) -> Figures:
+    """How many times faster networks run with 25, 50 and 75 % of all units cut, beside the ratio of operations."""
+    figures: dict[str, Figure] = {}
+    for name, make in TIMED.items():
+        fn, shapes, x = make()
+        params = architectures.random_like(shapes)
+        inputs = _inputs(x)
+        whole = jax.jit(fn)
+        groups = channels.groups(fn, params, inputs)
+        before = channels.flops(groups)
+        for share in SHARES:
+            dropped = {g.name: np.arange(int(share * g.size // 8 * 8) or int(share * g.size)) for g in groups}
+            plan = channels.from_units(groups, dropped)
+            small, cut = jax.jit(channels.shrink(fn, params, plan)), plan.apply(params)
+            ratio = before / channels.flops(groups, plan)
+            figure = faster(
+                lambda small=small, cut=cut: small(cut, inputs),
+                lambda: whole(params, inputs),
+                "the whole network",
+                rounds,
+                flops_ratio=ratio,
+                gflops=before / 1e9,
+                parameters=list(plan.parameters),
+            )
+            figures[f"{name}.{round(100 * share)}"] = figure
+    return figures
+
+
+def _inputs(x: jax.ShapeDtypeStruct) -> Any:
+    rng = np.random.default_rng(0)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.asarray(rng.integers(0, 100, x.shape), x.dtype)
+    return jnp.asarray(rng.normal(size=x.shape), x.dtype)
