@@ -6,6 +6,7 @@ which. The floating-point operations are those of products and convolutions, cou
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,8 +82,8 @@ def _speed(rounds: int) -> Figures:
             small, cut = jax.jit(channels.shrink(fn, params, plan)), plan.apply(params)
             ratio = before / channels.flops(groups, plan)
             figure = faster(
-                lambda small=small, cut=cut: small(cut, inputs),
-                lambda: whole(params, inputs),
+                partial(small, cut, inputs),
+                partial(whole, params, inputs),
                 "the whole network",
                 rounds,
                 flops_ratio=ratio,
