@@ -79,7 +79,7 @@ def nonzeros(tree: Any) -> int:
 
 def _nonzeros(x: Any) -> Any:
     if isinstance(x, Quantized):
-        return jnp.count_nonzero(x.centred(jnp.int16))
+        return jnp.count_nonzero(x.centred(jnp.float32))
     if isinstance(x, Sparse):
         return jnp.count_nonzero(x.values)
     return jnp.count_nonzero(x.materialise() if is_leaf(x) else x)

@@ -5,7 +5,13 @@ scale), `Codebook` (indices of a few shared values) or `Sparse` (a bit mask and 
 runs on such a tree, `dense(tree)` turns it back into arrays, and `nbytes(tree)` counts what it stores.
 """
 
-from jaxcompress.arrays import _codebook_rules, _control, _quantized_rules, _sparse_rules  # noqa: F401 (they register rules)
+from jaxcompress.arrays import (  # noqa: F401 (they register rules)
+    _codebook_rules,
+    _control,
+    _quantized_rules,
+    _quantized_updates,
+    _sparse_rules,
+)
 from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._inputs import quantize_input

@@ -1,4 +1,4 @@
-"""Affine quantized weights: integers, a scale, and perhaps a zero point."""
+"""Quantized weights: small integers or floats, a scale, and perhaps a zero point."""
 
 import dataclasses
 import math
@@ -20,17 +20,20 @@ class Quantized(Leaf):
     The scale (and the zero point) has the rank of the weight. Along each axis its size is 1 (shared), the axis's own (a
     scale an index: "per channel"), or, along the grouped axis, one a group of `group_size` neighbours.
 
+    The values may also be floats of 8 or 16 bits (`scale * values`), or stand for the numbers of a table that all
+    groups share (nf4): `scale * levels[values]`.
+
     `jaxcompress.quantize` makes these; `Quantized.from_codes` builds one from integers and scales you have.
     """
 
-    values: Int8[Array, "*shape"] | UInt8[Array, "*packed"]
-    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits."""
+    values: Int8[Array, "*shape"] | UInt8[Array, "*packed"] | Float[Array, "*shape"]
+    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; or small floats."""
     scale: Float[Array, "*blocks"]
-    """float32, the step of the integers' grid."""
+    """The step of the integers' grid: float32, or float8_e8m0fnu (powers of two, of the mx formats)."""
     zero_point: Int8[Array, "*blocks"] | None
     """The code that means zero; `None` for symmetric quantization, where it is 0."""
     bits: int = eqx.field(static=True)
-    """8, 4 or 2: how the codes are stored. Fewer levels than `2 ** bits` may be in use."""
+    """8, 4 or 2: how the codes are stored. Fewer levels than `2 ** bits` may be in use. 8 where values are floats."""
     length: int | None = eqx.field(static=True)
     """The true length of the packed (last) axis; `None` where nothing is packed."""
     compute_dtype: str = eqx.field(static=True)
@@ -44,6 +47,8 @@ class Quantized(Leaf):
     inputs gets the step that fits it, as it comes."""
     input_zero_point: Float[Array, "*stack"] | None = None
     """The integer of the inputs that means zero, as float32; `None` for a symmetric grid."""
+    levels: tuple[float, ...] | None = eqx.field(static=True, default=None)
+    """What the codes stand for, `2 ** bits` numbers, the code's lowest bits their index; `None`: they are numbers."""
 
     @classmethod
     def from_codes(
@@ -58,6 +63,7 @@ class Quantized(Leaf):
         activation_bits: int | None = None,
         input_scale: Array | None = None,
         input_zero_point: Array | None = None,
+        levels: tuple[float, ...] | None = None,
     ) -> "Quantized":
         """A leaf from its integer codes, `[*shape]`, and its scales, broadcastable to them but for a grouped axis.
 
@@ -78,7 +84,7 @@ class Quantized(Leaf):
         codes = codes.astype(jnp.int8)
         return cls(
             values=pack_signed(codes, bits),
-            scale=scale.astype(jnp.float32),
+            scale=scale if scale.dtype == jnp.float8_e8m0fnu else scale.astype(jnp.float32),
             zero_point=None if zero_point is None else zero_point.astype(jnp.int8),
             bits=bits,
             length=None if bits == 8 else codes.shape[-1],
@@ -87,6 +93,7 @@ class Quantized(Leaf):
             activation_bits=activation_bits,
             input_scale=None if input_scale is None else input_scale.astype(jnp.float32),
             input_zero_point=None if input_zero_point is None else input_zero_point.astype(jnp.float32),
+            levels=levels,
         )
 
     def aval(self) -> ShapedArray:
@@ -94,16 +101,28 @@ class Quantized(Leaf):
         return ShapedArray(shape, jnp.dtype(self.compute_dtype))
 
     def materialise(self) -> Array:
-        return (self.centred(jnp.float32) * self.spread(self.scale)).astype(self.compute_dtype)
+        return (self.centred(jnp.float32) * self.spread(self.steps)).astype(self.compute_dtype)
+
+    @property
+    def steps(self) -> Float[Array, "*blocks"]:
+        """The scale in float32."""
+        return self.scale.astype(jnp.float32)
 
     def codes(self) -> Int8[Array, "*shape"]:
-        """The integers as they were quantized, unpacked."""
+        """The values as they were quantized, unpacked."""
         return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
+
+    def numbers(self, codes: Array, dtype: Any) -> Array:
+        """What codes stand for, before the zero point and the scale."""
+        if self.levels is None:
+            return codes.astype(dtype)
+        table = jnp.asarray(self.levels, dtype)
+        return table.at[codes.astype(jnp.int32) & (len(self.levels) - 1)].get(mode="promise_in_bounds")
 
     def centred(self, dtype: Any) -> Array:
         """The codes less their zero point: integers of at most 255 in magnitude, exact in bfloat16 too."""
         if self.zero_point is None:
-            return self.codes().astype(dtype)
+            return self.numbers(self.codes(), dtype)
         return (self.codes().astype(jnp.int16) - self.spread(self.zero_point).astype(jnp.int16)).astype(dtype)
 
     def spread(self, per_block: Array) -> Array:
@@ -117,7 +136,8 @@ class Quantized(Leaf):
     @property
     def as_integers(self) -> bool:
         """Whether inputs and weights multiply as integers."""
-        return self.activation_bits is not None and self.zero_point is None
+        whole = jnp.issubdtype(self.values.dtype, jnp.integer) and self.levels is None
+        return self.activation_bits is not None and self.zero_point is None and whole
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""

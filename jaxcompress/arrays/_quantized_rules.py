@@ -50,10 +50,10 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
     w_free = dims.w_free(w.ndim)
     if not varies:
-        scale = along_output(w.scale, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
+        scale = along_output(w.steps, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
         product = _dot_tiles(x, w, dims, params) * scale
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
-        x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.scale), dims, x.ndim)
+        x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.steps), dims, x.ndim)
         product = tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
@@ -195,7 +195,7 @@ def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], zero
         x_batch=(*(_after_split(axis, x_axis, 0) for axis in dims.x_batch), x_axis),
         w_batch=(*(_after_split(axis, w_axis, 0) for axis in dims.w_batch), w_axis),
     )
-    scale = jnp.expand_dims(w.scale, w_axis + 1)
+    scale = jnp.expand_dims(w.steps, w_axis + 1)
     laid = along_output(scale, grouped.w_contract, grouped.w_batch, before=len(dims.x_free(x.ndim)), after=0)
     x = _split(x, x_axis, groups, size)
 
@@ -236,7 +236,7 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
     if not (is_float(x) and shared and w.group is None and params["batch_group_count"] == 1):
         return NotImplemented
     out_dtype = params["preferred_element_type"] or x.dtype
-    scale = _along(w.scale.reshape(-1), x.ndim, numbers.out_spec[1])
+    scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
     dims = Dims((), (), (), ())  # nothing is stacked here
     if w.input_scale is None and w.activation_bits is not None:
         codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
@@ -308,10 +308,11 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
             laid[out_axis] = spread.shape[axis]
         return spread.reshape(laid)
 
-    codes = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0}).astype(jnp.int16)
+    codes = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0})
+    found = w.numbers(codes, jnp.float32)
     if w.zero_point is not None:
-        codes -= look_up(w.zero_point).astype(jnp.int16)
-    return (codes * look_up(w.scale)).astype(w.dtype)
+        found -= look_up(w.zero_point).astype(jnp.float32)
+    return (found * look_up(w.steps)).astype(w.dtype)
 
 
 @register(lax.transpose_p)
@@ -372,18 +373,16 @@ def _with_children(
     w: Quantized, codes: Array, move: Any, group: tuple[int, int] | None, inputs: Sequence[Array | None]
 ) -> Quantized:
     """A temporary leaf on unpacked codes."""
-    return Quantized(
+    return dataclasses.replace(
+        w,
         values=codes,
         scale=move(w.scale),
         zero_point=None if w.zero_point is None else move(w.zero_point),
         bits=8,
         length=None,
-        compute_dtype=w.compute_dtype,
         group=group,
-        activation_bits=w.activation_bits,
         input_scale=inputs[0],
         input_zero_point=inputs[1],
-        strict=w.strict,
     )
 
 

@@ -1,7 +1,7 @@
 """The values of a weight's inputs: their range and their histogram, over batches."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,6 +75,6 @@ def input_values(
     bounds = {name: jnp.asarray(values.bounds) for name, values in found.items()}
     counts = measured(Watcher(fn, names, "counts", bins), params, batches, bounds=bounds)
     return {
-        name: InputValues(values.low, values.high, values.bounds, np.sum([c[name] for c in counts], 0, dtype=np.int64))
+        name: replace(values, counts=np.asarray(sum(c[name].astype(np.int64) for c in counts)))
         for name, values in found.items()
     }

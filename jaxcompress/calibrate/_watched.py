@@ -9,6 +9,7 @@ largest value, a histogram, the difference between two weights.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,13 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress import features
 from jaxcompress.arrays import Leaf, compressed, is_leaf, register
-from jaxcompress.arrays._products import Dims, is_float, register_product
+from jaxcompress.arrays._products import Dims, free_axes, is_float, register_product
 from jaxcompress.paths import Rules, UnmatchedRuleError, match, named_leaves
 
 _PREFIX = "jaxcompress.calibrate:"
 _tokens = itertools.count(1)
+
+Axes = Sequence[int]
 
 
 class Watched(Leaf):
@@ -55,22 +58,26 @@ class Watched(Leaf):
         return self.inner.materialise() if is_leaf(self.inner) else self.inner
 
 
-def _noted(x: Array, w: Watched, run: Callable[[Array, Any], Array], own: Sequence[int]) -> Array:
-    """`run(x, weight)`, with the statistic named. `own` are the output's axes that are the weight's."""
+def _noted(x: Array, w: Watched, run: Callable[[Array, Any], Array], own: Axes, inputs: Axes) -> Array:
+    """`run(x, weight)`, with the statistic named.
+
+    `own` are the output's axes that are the weight's; `inputs` the input's that are summed over (or its channels), in
+    the order of the weight's.
+    """
     out = run(x, w.inner)
     other = None if w.beside is None else run(x, w.beside)
-    value = _STATISTICS[w.kind](w, x, out, other, own)
+    value = _STATISTICS[w.kind](w, x, out, other, own, inputs)
     sliced = w.whole - len(w.shape)
     checkpoint_name(value, f"{_PREFIX}{w.number}:{sliced}:{value.ndim}")
     return out
 
 
-def _range(w: Watched, x: Array, out: Array, other: Any, own: Sequence[int]) -> Array:
+def _range(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axes) -> Array:
     x = x.astype(jnp.float32)
     return jnp.stack([jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)])
 
 
-def _counts(w: Watched, x: Array, out: Array, other: Any, own: Sequence[int]) -> Array:
+def _counts(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axes) -> Array:
     assert w.bounds is not None
     low, high = w.bounds[0], w.bounds[1]
     width = jnp.where(high > low, (high - low) / w.bins, 1.0)
@@ -78,22 +85,34 @@ def _counts(w: Watched, x: Array, out: Array, other: Any, own: Sequence[int]) ->
     return jnp.bincount(at.reshape(-1), length=w.bins)
 
 
-def _noise(w: Watched, x: Array, out: Array, other: Any, own: Sequence[int]) -> Array:
+def _noise(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axes) -> Array:
     signal, off = (jnp.sum(jnp.square(y.astype(jnp.float32))) for y in (out, out - other))
     return jnp.stack([signal, off])
 
 
-def _shift(w: Watched, x: Array, out: Array, other: Any, own: Sequence[int]) -> Array:
+def _shift(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axes) -> Array:
     rest = tuple(axis for axis in range(out.ndim) if axis not in own)
     return jnp.mean((out - other).astype(jnp.float32), axis=rest)
 
 
-_STATISTICS: dict[str, Callable[..., Array]] = {"range": _range, "counts": _counts, "noise": _noise, "shift": _shift}
+def _peaks(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axes) -> Array:
+    laid = jnp.transpose(jnp.abs(x.astype(jnp.float32)), (*inputs, *free_axes(x.ndim, inputs)))
+    return jnp.max(laid.reshape(math.prod(laid.shape[: len(inputs)]), -1), axis=1)
+
+
+_STATISTICS: dict[str, Callable[..., Array]] = {
+    "range": _range,
+    "counts": _counts,
+    "noise": _noise,
+    "shift": _shift,
+    "peaks": _peaks,
+}
 _JOIN: dict[str, Callable[..., Array]] = {
     "range": lambda x, axis: jnp.stack([jnp.min(x[..., 0], axis), jnp.max(x[..., 1], axis)], axis=-1),
     "counts": jnp.sum,
     "noise": jnp.sum,
     "shift": jnp.mean,
+    "peaks": jnp.max,
 }
 
 
@@ -109,7 +128,7 @@ def _dot(x: Array, w: Watched, dims: Dims, params: dict[str, Any]) -> Any:
     own = [
         axis for axis in range(n_batch + n_x + len(dims.w_free(len(w.shape)))) if not n_batch <= axis < n_batch + n_x
     ]
-    return _noted(x, w, run, own)
+    return _noted(x, w, run, own, [axis for _, axis in sorted(zip(dims.w_contract, dims.x_contract, strict=True))])
 
 
 @register(lax.conv_general_dilated_p)
@@ -117,7 +136,8 @@ def _conv(x: ArrayLike, w: Watched, **params: Any) -> Any:
     if not is_float(x):
         return NotImplemented
     run = _bound(lax.conv_general_dilated_p, params)
-    return _noted(jnp.asarray(x), w, run, [params["dimension_numbers"].out_spec[1]])
+    numbers = params["dimension_numbers"]
+    return _noted(jnp.asarray(x), w, run, [numbers.out_spec[1]], [numbers.lhs_spec[1]])
 
 
 def _bound(primitive: Any, params: Mapping[str, Any]) -> Callable[..., Any]:

@@ -54,10 +54,11 @@ class Affine:
         return (-top, top) if self.symmetric else (-top - 1, top)
 
 
-def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantized:
+def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine(), *, key: Array | None = None) -> Quantized:
     """The weight on `spec`'s grid, as a compressed leaf: round to nearest, ties to even.
 
-    The dense value is within half a step of the weight; a block of zeros (or of subnormals) becomes exact zeros.
+    The dense value is within half a step of the weight; a block of zeros (or of subnormals) becomes exact zeros. With a
+    random `key` the rounding is stochastic: up with the probability of the fraction, so that the mean is the weight.
 
     Raises:
       TypeError: the weight isn't a real floating-point array.
@@ -67,7 +68,7 @@ def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine()) -> Quantiz
     scale, zero_point = _grid(weight, spec)
     group = None if spec.group is None else (_axis(spec.group[0], weight.ndim) - weight.ndim, spec.group[1])
     return Quantized.from_codes(
-        _codes(weight, scale, zero_point, spec),
+        _codes(weight, scale, zero_point, spec, key),
         scale,
         zero_point,
         bits=next(bits for bits in (2, 4, 8) if spec.bits <= bits),
@@ -107,8 +108,11 @@ def check_float(weight: Any) -> Array:
     weight = jnp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"quantize takes a real floating-point weight, got {weight.dtype}{list(weight.shape)}")
-    if not isinstance(weight, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(weight))):
-        raise ValueError(f"weight of shape {weight.shape} has non-finite values; no scale fits them")
+    if not isinstance(weight, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
+            finite = bool(jnp.all(jnp.isfinite(weight)))
+        if not finite:
+            raise ValueError(f"weight of shape {weight.shape} has non-finite values; no scale fits them")
     return weight
 
 
@@ -129,8 +133,13 @@ def _step(scale: Array) -> Array:
     return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
 
 
-def _codes(weight: Array, scale: Array, zero_point: Array | None, spec: Affine) -> Array:
-    codes = jnp.round(weight.astype(jnp.float32) / _spread(scale, weight.shape, spec))
+def _codes(weight: Array, scale: Array, zero_point: Array | None, spec: Affine, key: Array | None = None) -> Array:
+    weight = weight.astype(jnp.float32)
+    if spec.bits <= 3:  # XLA divides by multiplying with the reciprocal, and that of a huge step is no normal number
+        down = jnp.where(scale > 1e30, 2.0**-64, 1.0)
+        weight, scale = weight * _spread(down, weight.shape, spec), scale * down
+    exact = weight / _spread(scale, weight.shape, spec)
+    codes = jnp.round(exact) if key is None else jnp.floor(exact + jax.random.uniform(key, exact.shape))
     if zero_point is not None:
         codes += _spread(zero_point, weight.shape, spec)
     return jnp.clip(codes, *spec.limits)

@@ -1,9 +1,8 @@
 """AWQ: scales moved from a weight's inputs into the weight, so that the inputs that matter are rounded more finely."""
 
 import functools
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,9 +13,7 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.paths import Rules, match, named_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
-
-Pairs = Sequence[tuple[Sequence[str], Sequence[str]]]
-"""`(in front, behind)`: paths of parameters that scale the inputs of weights, and paths of these weights."""
+from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, multiplied, shared_channels
 
 
 def awq(
@@ -69,17 +66,18 @@ def awq(
     if first is None or points < 1:
         raise ValueError(f"want at least one batch and one point, got {points} points and {batches!r:.40}")
     behind = [name for _, weights in pairs for name in weights]
-    for name in [*behind, *(name for front, _ in pairs for name in front)]:
-        if name not in specs or (name in behind and specs[name] is None):
-            raise ValueError(f"{name!r} of the pairs is {'not chosen by any rule' if name in specs else 'not there'}")
-        if name in behind and not isinstance(specs[name], Affine):
+    check_pairs(pairs, names)
+    for name in behind:
+        if specs[name] is None:
+            raise ValueError(f"{name!r} of the pairs is not chosen by any rule")
+        if not isinstance(specs[name], Affine):
             raise TypeError(f"{name!r}: awq searches scales for an Affine grid, got the rule {specs[name]!r}")
     observer = InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in behind})
     statistics = observer.measure(params, batches)
     leaves = dict(named_leaves(params, is_leaf))
     for front, weights in pairs:
         seen = [statistics[name] for name in weights]
-        channels = _channels(front, weights, leaves, observer.layouts)
+        channels = shared_channels(front, weights, leaves, observer.layouts)
         energy = sum(jnp.mean((s.squares / s.rows[:, None]).reshape(-1, channels), axis=0) for s in seen)
         scale = _searched(
             [leaves[name] for name in weights],
@@ -89,48 +87,10 @@ def awq(
             specs=tuple(specs[name] for name in weights),
             points=points,
         )
-        for name in front:
-            x = leaves[name]
-            leaves[name] = (
-                (x.reshape(*x.shape[: x.ndim - _depth(x.shape, channels)], channels) / scale)
-                .reshape(x.shape)
-                .astype(x.dtype)
-            )
-        for name, s in zip(weights, seen, strict=True):
-            leaves[name] = _multiplied(leaves[name], scale, s.layout)
+        move_scale(leaves, front, {name: s.layout for name, s in zip(weights, seen, strict=True)}, scale)
     scaled = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), list(leaves.values()))
-    _same(fn, params, scaled, first, tolerance)
+    check_same(fn, params, scaled, first, tolerance)
     return scaled
-
-
-def _channels(
-    front: Sequence[str], weights: Sequence[str], leaves: Mapping[str, Array], layouts: Mapping[str, Layout]
-) -> int:
-    """How many scales the weights share with what is in front; raises ValueError where that has no answer."""
-    if not front or not weights:
-        raise ValueError(f"a pair names parameters in front and weights behind, got {front} and {weights}")
-    inputs = [layouts[name].matrix_shape[1] for name in weights]
-    for name in weights:
-        if layouts[name].matrix_shape[0] != 1:
-            raise ValueError(
-                f"{name!r} is {layouts[name].matrix_shape[0]} matrices (stacked or grouped): scale it alone"
-            )
-    for channels in (min(inputs), leaves[front[0]].shape[-1]):
-        if all(_depth(leaves[name].shape, channels) for name in front) and not any(n % channels for n in inputs):
-            return channels
-    shapes = {name: leaves[name].shape for name in (*front, *weights)}
-    raise ValueError(f"what is in front does not end with the channels of what is behind: {shapes}")
-
-
-def _depth(shape: tuple[int, ...], channels: int) -> int:
-    """How many of the last axes have as many places together as there are channels; 0 if that never happens."""
-    return next((n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == channels), 0)
-
-
-def _multiplied(weight: Array, scale: Float[Array, " channels"], layout: Layout) -> Array:
-    matrices = layout.matrices(weight)
-    along = jnp.tile(scale, matrices.shape[1] // scale.size)
-    return layout.weight((matrices * along[:, None]).astype(weight.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "specs", "points"))
@@ -156,25 +116,10 @@ def _searched(
         total = jnp.float32(0)
         for weight, gram, layout, spec in zip(weights, grams, layouts, specs, strict=True):
             scale = scale_at(power)
-            rounded = _multiplied(fake_quantize(_multiplied(weight, scale, layout), spec), 1 / scale, layout)
+            rounded = multiplied(fake_quantize(multiplied(weight, scale, layout), spec), 1 / scale, layout)
             error = layout.matrices((rounded - weight).astype(jnp.float32))[0]
             total += jnp.sum(error * jnp.matmul(gram, error, precision=jax.lax.Precision.HIGHEST))
         return total
 
     powers = jnp.linspace(0.0, 1.0, points + 1)
     return scale_at(powers[jnp.argmin(jax.lax.map(loss, powers))])
-
-
-def _same(fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: Any, tolerance: float) -> None:
-    """Raises ValueError if the function is another one after scaling."""
-    run = jax.jit(fn)
-    for before, after in zip(*(jax.tree.leaves(run(tree, batch)) for tree in (params, scaled)), strict=True):
-        if jnp.issubdtype(before.dtype, jnp.floating):
-            off = float(jnp.linalg.norm((after - before).astype(jnp.float32).ravel()))
-            norm = float(jnp.linalg.norm(before.astype(jnp.float32).ravel()))
-            if not off <= tolerance * norm:
-                raise ValueError(
-                    f"scaling changes the function ({off:.3g} of {norm:.3g} on the first batch): what the pairs have "
-                    f"in front must reach the weights behind only, through what commutes with positive scales (a "
-                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias"
-                )

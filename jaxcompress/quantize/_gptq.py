@@ -8,20 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.arrays import Quantized, is_leaf
 from jaxcompress.calibrate import (
     InputObserver,
+    InputStatistics,
     Layout,
     check_compensation,
     check_settled,
     compensated,
     in_place,
     inverse_factor,
-    observer_for,
 )
-from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.paths import Rules
 from jaxcompress.quantize._affine import Affine, _grid, _spread
-from jaxcompress.quantize._convert import converted_leaf
+from jaxcompress.quantize._rounding import rounded_by
 
 
 def gptq(
@@ -63,40 +62,14 @@ def gptq(
         that needs more damping. Nothing is converted then.
     """
     check_compensation(damping, block_size)
-    leaves = named_leaves(params, is_leaf)
-    specs = dict(zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True))
-    # their scales, zero points and forms are those of the result
-    nearest = {name: nearest_leaf(name, x, specs[name]) for name, x in leaves if specs[name] is not None}
-    observer, batches = observer_for(fn, params, batches, list(nearest), gram=True)
-    statistics = observer.measure(params, batches, list(nearest) if len(nearest) < len(observer.layouts) else None)
 
-    def converted(name: str, weight: Any) -> Any:
-        if name not in nearest:
-            return weight
-        seen, grid = statistics[name], nearest[name]
-        rounded = functools.partial(_gptq, layout=seen.layout, spec=specs[name], block=block_size, by_energy=by_energy)
-        codes = in_place(rounded, weight, seen.gram, damping)
-        check_settled(name, codes, damping)
-        return Quantized.from_codes(
-            codes,
-            grid.scale,
-            grid.zero_point,
-            bits=grid.bits,
-            dtype=weight.dtype,
-            group=grid.group,
-            activation_bits=grid.activation_bits,
-        )
+    def codes(name: str, weight: Array, seen: InputStatistics, spec: Affine) -> Array:
+        rounded = functools.partial(_gptq, layout=seen.layout, spec=spec, block=block_size, by_energy=by_energy)
+        found = in_place(rounded, weight, seen.gram, damping)
+        check_settled(name, found, damping)
+        return found
 
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [converted(name, x) for name, x in leaves])
-
-
-def nearest_leaf(name: str, weight: Any, spec: Any) -> Quantized:
-    """The weight as `convert` rounds it; raises, naming the weight, what that would."""
-    if not isinstance(spec, Affine):
-        raise TypeError(f"{name!r}: gptq rounds to an Affine grid, got the rule {spec!r}")
-    leaf = converted_leaf(name, weight, spec)
-    assert isinstance(leaf, Quantized)
-    return leaf
+    return rounded_by(codes, fn, params, batches, rules)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "spec", "block", "by_energy"))

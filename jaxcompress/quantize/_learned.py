@@ -7,6 +7,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import primitives
@@ -156,10 +157,9 @@ def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: st
     step = 2 * mean / jnp.sqrt(jnp.float32(spec.limits[1]))
     unsigned, input_step = False, None
     if low_high is not None:
-        bits, unsigned = spec.activation_bits or 8, bool((low_high.low >= 0).all() and (low_high.high > 0).any())
-        size = jnp.maximum(-low_high.low, low_high.high)
-        covered = Range(0 * size if unsigned else -size, size)
-        input_step, _ = steps_of(name, Range(*map(jax.device_get, covered)), weight.ndim, bits)
+        bits, unsigned = spec.activation_bits or 8, bool(np.all(low_high.low >= 0) and np.any(low_high.high > 0))
+        size = np.maximum(-low_high.low, low_high.high)
+        input_step, _ = steps_of(name, Range(0 * size if unsigned else -size, size), weight.ndim, bits)
         if rule == "pact":
             low, high = input_limits(bits, unsigned)
             input_step = input_step * (high - low if unsigned else high)

@@ -10,7 +10,7 @@ from jax import lax
 
 import jaxcompress.nnx
 from jaxcompress import quantize
-from jaxcompress.arrays import compressed, watch
+from jaxcompress.arrays import _tiles, compressed, watch
 from jaxcompress.quantize import Affine, MinMax, Range
 
 RULES = {"kernel$": Affine(8, activation_bits=8)}
@@ -133,6 +133,32 @@ def test_training_rounds_to_what_integers_compute(symmetric, rng):
     np.testing.assert_allclose(out, faked, rtol=1e-4, atol=1e-5)
     dynamic = compressed(model.apply)(quantize.convert(variables, RULES), batches[0])
     assert not np.allclose(out, dynamic, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(Affine(8, activation_bits=8), id="8 bits"),
+        pytest.param(Affine(4, group=(0, 8), activation_bits=8), id="groups"),
+        pytest.param(Affine(4, activation_bits=16), id="16-bit inputs", marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_give_the_same_sums(spec, rng, monkeypatch):
+    """Decoded tile by tile, as on a single CPU, and all at once: with a zero point, and a step of whole rows."""
+    x = jnp.asarray(rng.normal(size=(2, 64)), jnp.float32)
+    plain = {"w": quantize.quantize(jnp.asarray(rng.normal(size=(64, 48)), jnp.float32), spec)}
+    leaves = {"static": quantize.static(plain, {"w": RANGES["asymmetric"]}), "dynamic": plain}
+
+    def run(leaves, x):
+        return {name: compressed(lambda p: x @ p["w"], strict=True)(leaf) for name, leaf in leaves.items()}
+
+    whole = jax.jit(lambda leaves, x: run(leaves, x))(leaves, x)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for name, size in {"TILE": 256, "WIDTH": 16, "WORTH": 1024}.items():
+        monkeypatch.setattr(_tiles, name, size)
+    tiled = jax.jit(lambda leaves, x: run(leaves, x))
+    assert "scan[" in str(jax.make_jaxpr(tiled)(leaves, x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), tiled(leaves, x), whole)
 
 
 def test_the_codes_of_training_and_of_integers_are_equal(rng):

@@ -1,0 +1,251 @@
+"""What stands behind a kernel before anything that is not affine: its bias, a normalisation, found in the jaxpr."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jaxtyping import Array, Float
+
+from jaxcompress.arrays import is_leaf
+from jaxcompress.paths import named_leaves
+
+_INLINE = {"jit", "pjit", "closed_call", "core_call"}
+_AFFINE = {"add", "sub", "mul", "div"}
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A value of the flattened function: an input leaf, a constant, or what an operation gives."""
+
+    aval: Any
+    operation: "Operation | None" = None
+    known: Any = None
+    leaf: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """A primitive and its operands; its results name it."""
+
+    eqn: Any
+    inputs: tuple[Value, ...]
+    results: list[Value] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return str(self.eqn.primitive.name)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The affine function, channel by channel, that follows a kernel's product: `y -> slope * y + ...`.
+
+    Attributes:
+      axes: the kernel's axes that are the product's output channels.
+      slope: `[*outputs]`, of the kernel's output channels.
+      scales: parameters that the slope depends on.
+      before: what is added before the slope is multiplied in, with its sign.
+      after: what is added after, with its sign.
+      run: `run(y, changed) -> result`, the chain with some of its parameters (by name) changed, on `y [*outputs]`.
+    """
+
+    axes: tuple[int, ...]
+    slope: Float[Array, "*outputs"]
+    scales: tuple[str, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+    run: Callable[[Array, dict[str, Array]], Array]
+
+
+def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, Chain]:
+    """For each kernel (by path) that is used once, as it is, in a product or convolution: what follows it.
+
+    Only what is affine in the product, channel by channel, with parameters that are used nowhere else, counts; the
+    chain ends before anything else. Kernels inside `scan`, `cond` or `remat` are not found.
+    """
+    names = [name for name, _ in named_leaves(params, is_leaf)]
+    leaves = [x for _, x in named_leaves(params, is_leaf)]
+    operations, outputs = _flat(fn, params, batch, len(leaves))
+    uses = Counter(id(x) for operation in operations for x in operation.inputs) + Counter(id(x) for x in outputs)
+    users: dict[int, list[Operation]] = {}
+    for operation in operations:
+        for x in operation.inputs:
+            users.setdefault(id(x), []).append(operation)
+    found: dict[str, Chain] = {}
+    for operation in operations:
+        place = _kernel(operation)
+        if place is None:
+            continue
+        kernel, axes, own = place
+        if kernel.leaf is None or uses[id(kernel)] != 1:
+            continue
+        parts, path = _shortened(_follow(operation.results[0], uses, users), uses)
+        chain = _chain(path, operation.results[0], axes, own, parts, names, leaves)
+        if chain is not None:
+            found[names[kernel.leaf]] = chain
+    return found
+
+
+def _flat(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) -> Any:
+    """The function's operations, with inner jits inlined."""
+    closed = jax.make_jaxpr(fn)(params, batch)
+    operations: list[Operation] = []
+
+    def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
+        env = {v: Value(v.aval, known=c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        env |= dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Value:
+            return Value(v.aval, known=v.val) if isinstance(v, Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(read(v) for v in eqn.invars)
+            if eqn.primitive.name in _INLINE:
+                inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+                results = walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
+            else:
+                operation = Operation(eqn, inputs)
+                results = [Value(v.aval, operation=operation) for v in eqn.outvars]
+                operation.results.extend(results)
+                operations.append(operation)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    args = [Value(v.aval, leaf=i if i < n else None) for i, v in enumerate(closed.jaxpr.invars)]
+    outputs = walk(closed.jaxpr, closed.consts, args)
+    return operations, outputs
+
+
+def _kernel(operation: Operation) -> tuple[Value, tuple[int, ...], tuple[int, ...]] | None:
+    """The kernel of a product, its axes that stay, and those axes of the result."""
+    if len(operation.inputs) != 2:
+        return None
+    left, right = operation.inputs
+    if operation.name == "conv_general_dilated" and not _known(left):
+        numbers = operation.eqn.params["dimension_numbers"]
+        return right, (numbers.rhs_spec[0],), (numbers.out_spec[1],)
+    if operation.name == "dot_general" and not _known(left):
+        (_, contract), (batch, _) = operation.eqn.params["dimension_numbers"]
+        if not batch:
+            free = tuple(axis for axis in range(right.aval.ndim) if axis not in contract)
+            ndim = operation.results[0].aval.ndim
+            return right, free, tuple(range(ndim - len(free), ndim))
+    return None
+
+
+def _known(x: Value) -> bool:
+    """Whether a value depends on parameters alone."""
+    if x.operation is None:
+        return x.leaf is not None or x.known is not None
+    return all(_known(y) for y in x.operation.inputs)
+
+
+def _follow(y: Value, uses: Counter[int], users: dict[int, list[Operation]]) -> list[tuple[Operation, Value]]:
+    """The operations behind `y` that are affine in it, each with its result."""
+    path: list[tuple[Operation, Value]] = []
+    while uses[id(y)] == 1 and id(y) in users:
+        operation = users[id(y)][0]
+        others = [x for x in operation.inputs if x is not y]
+        affine = operation.name in _AFFINE and len(others) == 1 and _known(others[0])
+        affine &= operation.name != "div" or operation.inputs[0] is y
+        if not affine and operation.name != "convert_element_type":
+            break
+        y = operation.results[0]
+        path.append((operation, y))
+    return path
+
+
+def _of_params(values: Sequence[Value]) -> list[Value]:
+    """The parameters that values are made of."""
+    found: dict[int, Value] = {}
+
+    def walk(x: Value) -> None:
+        if x.leaf is not None:
+            found[id(x)] = x
+        elif x.operation is not None:
+            for y in x.operation.inputs:
+                walk(y)
+
+    for x in values:
+        walk(x)
+    return list(found.values())
+
+
+def _shortened(
+    path: list[tuple[Operation, Value]], uses: Counter[int]
+) -> tuple[list[Value], list[tuple[Operation, Value]]]:
+    """The chain up to where a parameter comes in that is used elsewhere too."""
+    for end in range(len(path), -1, -1):
+        parts = _of_params([x for step, _ in path[:end] for x in step.inputs if _known(x)])
+        if all(uses[id(x)] == 1 for x in parts):
+            return parts, path[:end]
+    return [], []
+
+
+def _chain(
+    path: list[tuple[Operation, Value]],
+    start: Value,
+    axes: tuple[int, ...],
+    own: tuple[int, ...],
+    parts: list[Value],
+    names: Sequence[str],
+    leaves: Sequence[Any],
+) -> Chain | None:
+    """What the chain does, from its values and derivatives at ones; `None` if it is not channel by channel."""
+    shape = start.aval.shape
+    outputs = tuple(shape[axis] for axis in own)
+    lead = [axis for axis in range(len(shape)) if axis not in own]
+    known = {names[x.leaf]: jnp.asarray(leaves[x.leaf]) for x in parts if x.leaf is not None}
+    if any(x.size != math.prod(outputs) for x in known.values()):
+        return None
+
+    def run(y: Array, changed: dict[str, Array]) -> Array:
+        now = {**known, **changed}
+        wide = jnp.expand_dims(y, lead) if lead else y
+        env = {id(start): jnp.broadcast_to(wide, shape).astype(start.aval.dtype)}
+
+        def value(x: Value) -> Any:
+            if id(x) not in env:
+                if x.leaf is not None:
+                    env[id(x)] = now[names[x.leaf]]
+                elif x.operation is None:
+                    env[id(x)] = x.known
+                else:
+                    env[id(x)] = _bind(x.operation.eqn, [value(y) for y in x.operation.inputs])
+            return env[id(x)]
+
+        out = value(path[-1][1]) if path else env[id(start)]
+        return out[tuple(slice(None) if axis in own else 0 for axis in range(len(shape)))]
+
+    nothing, ones = jnp.zeros(outputs), jnp.ones(outputs)
+    slope = run(ones, {}) - run(nothing, {})
+    scales, before, after = [], {}, {}
+    for name, x in known.items():
+        moved = jax.jvp(lambda x, name=name: run(nothing, {name: x}), (x,), (jnp.ones_like(x),))[1]
+        steeper = jax.jvp(
+            lambda x, name=name: run(ones, {name: x}) - run(nothing, {name: x}), (x,), (jnp.ones_like(x),)
+        )[1]
+        if bool(jnp.any(jnp.abs(steeper) > 1e-6)):
+            scales.append(name)
+        elif (sign := _sign(moved, jnp.ones_like(moved))) is not None:
+            after[name] = sign
+        elif (sign := _sign(moved, slope)) is not None:
+            before[name] = sign
+        else:
+            return None
+    return Chain(axes, slope, tuple(scales), before, after, run)
+
+
+def _sign(x: Array, like: Array) -> float | None:
+    """1 or -1, if `x` is `like` or minus it."""
+    return next((sign for sign in (1.0, -1.0) if bool(jnp.allclose(x, sign * like, rtol=1e-4, atol=1e-6))), None)
+
+
+def _bind(eqn: Any, inputs: Sequence[Any]) -> Any:
+    return eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))

@@ -1,0 +1,93 @@
+"""Folding: a normalisation's scale goes into the kernel in front of it, so that what is rounded is what is used."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxcompress.arrays import is_leaf
+from jaxcompress.paths import named_leaves
+from jaxcompress.quantize._chains import Chain, chains
+from jaxcompress.quantize._scaling import check_same
+
+
+def fold(fn: Callable[[Any, Any], Any], params: Any, batch: Any, *, tolerance: float = 1e-3) -> Any:
+    """Parameters of the same function, in which normalisations no longer scale what the kernels in front give.
+
+    Batch-norm folding (Jacob et al. 2018, section 3.2), for any function: behind each kernel that is used once, in a
+    product or a convolution, the trace is followed as far as it is affine with parameters alone. The factor found there
+    goes into the kernel and into what is added before it; the parameter that made it becomes what makes a factor of 1.
+    The tree keeps its structure: a batch norm stays, and only shifts.
+
+        variables = quantize.fold(lambda v, x: model.apply(v, x, train=False), variables, x)
+        small = quantize.convert(variables, rules)
+
+    To train on under `fake`, with the rounding of folded kernels, keep the statistics frozen (`train=False`).
+
+    Args:
+      fn: `fn(params, batch)`, the model as it is used after training, with running averages.
+      params: all that the function takes: for Linen `variables`, with `batch_stats`.
+      batch: one, to trace the function and to see that it stays the same.
+      tolerance: how far, relative to its norm, the function's output may be off after folding.
+
+    Raises:
+      ValueError: nothing to fold; or the function is another one after it.
+    """
+    leaves = dict(named_leaves(params, is_leaf))
+    changed: dict[str, Array] = {}
+    for kernel, chain in chains(fn, params, batch).items():
+        found = _unscaled(chain, leaves)
+        if found is not None:
+            changed |= found | {kernel: _multiplied(leaves[kernel], chain)}
+    if not changed:
+        raise ValueError(
+            "nothing to fold: no kernel's product is scaled, channel by channel, by parameters alone (is the function "
+            "the one that uses running averages? are its layers in a scan?)"
+        )
+    out = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), list((leaves | changed).values()))
+    check_same(fn, params, out, batch, tolerance)
+    return out
+
+
+def _unscaled(chain: Chain, leaves: dict[str, Array]) -> dict[str, Array] | None:
+    """The chain's parameters for which its slope is 1; `None` if there are none, or nothing scales."""
+    scale = _with_slope_one(chain, leaves)
+    if scale is None:
+        return None
+    changed = scale | {
+        name: (leaves[name] * chain.slope.reshape(leaves[name].shape)).astype(leaves[name].dtype)
+        for name in chain.before
+    }
+    probe = jnp.asarray(np.random.default_rng(0).normal(size=chain.slope.shape), jnp.float32)
+    before, after = chain.run(probe, {}), chain.run(chain.slope * probe, changed)
+    size = jnp.maximum(jnp.max(jnp.abs(before)), 1e-30)
+    return changed if bool(jnp.all(jnp.abs(after - before) <= 1e-4 * size)) else None
+
+
+def _with_slope_one(chain: Chain, leaves: dict[str, Array]) -> dict[str, Array] | None:
+    """The parameter that sets the slope, so that it is 1."""
+
+    def slope(name: str, x: Array) -> Array:
+        at_one = chain.run(jnp.ones(chain.slope.shape), {name: x})
+        return (at_one - chain.run(jnp.zeros(chain.slope.shape), {name: x})).reshape(x.shape)
+
+    for name in chain.scales:  # one that multiplies: a norm's scale
+        x, own = leaves[name], chain.slope.reshape(leaves[name].shape)
+        a_unit = slope(name, jnp.ones_like(x))
+        if bool(jnp.allclose(slope(name, 2 * x), 2 * own, rtol=1e-4, atol=1e-7)) and bool(jnp.all(a_unit != 0)):
+            return {name: (1 / a_unit).astype(x.dtype)}
+    for name in chain.scales:  # a variance, with rsqrt(x + epsilon) and no scale
+        x = leaves[name]
+        epsilon = 1 / slope(name, jnp.zeros_like(x)) ** 2
+        wanted = (1 - epsilon).astype(x.dtype)
+        if bool(jnp.allclose(slope(name, wanted), 1, rtol=1e-4)):
+            return {name: wanted}
+    return None
+
+
+def _multiplied(kernel: Array, chain: Chain) -> Array:
+    shape = [kernel.shape[axis] if axis in chain.axes else 1 for axis in range(kernel.ndim)]
+    return (kernel * chain.slope.reshape(shape)).astype(kernel.dtype)

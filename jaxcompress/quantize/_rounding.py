@@ -1,0 +1,58 @@
+"""Conversion by a method that decides, weight by weight and from the inputs it meets, which integer each becomes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from jaxcompress.arrays import Quantized, is_leaf
+from jaxcompress.calibrate import InputObserver, InputStatistics, observer_for
+from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.quantize._affine import Affine
+from jaxcompress.quantize._convert import converted_leaf
+
+
+def rounded_by(
+    codes: Callable[[str, Array, InputStatistics, Affine], Array],
+    fn: Callable[[Any, Any], Any] | InputObserver,
+    params: Any,
+    batches: Iterable[Any],
+    rules: Rules[Affine | None],
+) -> Any:
+    """`convert`, on the grids that it gives, with the integers of `codes(name, weight, statistics, spec)`.
+
+    Raises:
+      UnmatchedRuleError, ValueError, TypeError: as `convert`; and for inputs that can't be measured.
+    """
+    leaves = named_leaves(params, is_leaf)
+    specs = dict(zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True))
+    # their scales, zero points and forms are those of the result
+    nearest = {name: _nearest(name, x, specs[name]) for name, x in leaves if specs[name] is not None}
+    observer, batches = observer_for(fn, params, batches, list(nearest), gram=True)
+    statistics = observer.measure(params, batches, list(nearest) if len(nearest) < len(observer.layouts) else None)
+
+    def converted(name: str, weight: Any) -> Any:
+        if name not in nearest:
+            return weight
+        grid = nearest[name]
+        return Quantized.from_codes(
+            codes(name, weight, statistics[name], specs[name]),
+            grid.scale,
+            grid.zero_point,
+            bits=grid.bits,
+            dtype=weight.dtype,
+            group=grid.group,
+            activation_bits=grid.activation_bits,
+        )
+
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [converted(name, x) for name, x in leaves])
+
+
+def _nearest(name: str, weight: Any, spec: Any) -> Quantized:
+    """The weight as `convert` rounds it; raises, naming the weight, what that would."""
+    if not isinstance(spec, Affine):
+        raise TypeError(f"{name!r}: weights are rounded here to an Affine grid, got the rule {spec!r}")
+    leaf = converted_leaf(name, weight, spec)
+    assert isinstance(leaf, Quantized)
+    return leaf

@@ -1,0 +1,80 @@
+"""Scales moved from what stands in front of weights into the weights: what AWQ, SmoothQuant and equalisation share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.calibrate import Layout
+
+Pairs = Sequence[tuple[Sequence[str], Sequence[str]]]
+"""`(in front, behind)`: paths of parameters that scale the inputs of weights, and paths of these weights."""
+
+
+def check_pairs(pairs: Pairs, names: Sequence[str]) -> None:
+    """Raises ValueError for paths that aren't there."""
+    for front, weights in pairs:
+        if not front or not weights:
+            raise ValueError(f"a pair names parameters in front and weights behind, got {front} and {weights}")
+        for name in (*front, *weights):
+            if name not in names:
+                raise ValueError(f"{name!r} of the pairs is not there")
+
+
+def move_scale(
+    leaves: dict[str, Array], front: Sequence[str], behind: Mapping[str, Layout], scale: Float[Array, " channels"]
+) -> None:
+    """Divides, in place, what is in front by the scale along its last axis (or axes), and multiplies what is behind."""
+    for name in front:
+        x = leaves[name]
+        lead = x.shape[: x.ndim - _depth(x.shape, scale.size)]
+        leaves[name] = (x.reshape(*lead, scale.size) / scale).reshape(x.shape).astype(x.dtype)
+    for name, layout in behind.items():
+        leaves[name] = multiplied(leaves[name], scale, layout)
+
+
+def shared_channels(
+    front: Sequence[str], weights: Sequence[str], leaves: Mapping[str, Array], layouts: Mapping[str, Layout]
+) -> int:
+    """How many scales the weights share with what is in front; raises ValueError where that has no answer."""
+    inputs = [layouts[name].matrix_shape[1] for name in weights]
+    for name in weights:
+        if layouts[name].matrix_shape[0] != 1:
+            raise ValueError(
+                f"{name!r} is {layouts[name].matrix_shape[0]} matrices (stacked or grouped): scale it alone"
+            )
+    for channels in (min(inputs), leaves[front[0]].shape[-1]):
+        if all(_depth(leaves[name].shape, channels) for name in front) and not any(n % channels for n in inputs):
+            return channels
+    shapes = {name: leaves[name].shape for name in (*front, *weights)}
+    raise ValueError(f"what is in front does not end with the channels of what is behind: {shapes}")
+
+
+def _depth(shape: tuple[int, ...], channels: int) -> int:
+    """How many of the last axes have as many places together as there are channels; 0 if that never happens."""
+    return next((n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == channels), 0)
+
+
+def multiplied(weight: Array, scale: Float[Array, " channels"], layout: Layout) -> Array:
+    """The weight with each of its inputs' channels multiplied."""
+    matrices = layout.matrices(weight)
+    along = jnp.tile(scale, matrices.shape[1] // scale.size)
+    return layout.weight((matrices * along[:, None]).astype(weight.dtype))
+
+
+def check_same(fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: Any, tolerance: float) -> None:
+    """Raises ValueError if the function is another one after scaling."""
+    run = jax.jit(fn)
+    for before, after in zip(*(jax.tree.leaves(run(tree, batch)) for tree in (params, scaled)), strict=True):
+        if jnp.issubdtype(before.dtype, jnp.floating):
+            off = float(jnp.linalg.norm((after - before).astype(jnp.float32).ravel()))
+            norm = float(jnp.linalg.norm(before.astype(jnp.float32).ravel()))
+            if not off <= tolerance * norm:
+                raise ValueError(
+                    f"scaling changes the function ({off:.3g} of {norm:.3g} on the first batch): what the pairs have "
+                    f"in front must reach the weights behind only, through what commutes with positive scales (a "
+                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias"
+                )

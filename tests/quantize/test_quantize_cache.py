@@ -1,0 +1,86 @@
+"""Keys and values that attention caches, quantized a token and head, in a model that knows nothing of it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress import quantize
+from jaxcompress.arrays import Quantized, compressed, nbytes, watch
+
+BATCH, LENGTH, HEADS, SIZE = 2, 9, 3, 8
+
+
+def attention():
+    return nn.MultiHeadDotProductAttention(HEADS, qkv_features=HEADS * SIZE, decode=True)
+
+
+def decoded(variables, tokens, rules):
+    """What a decoder gives, token by token, and its cache at the end."""
+    model = attention()
+    params, cache = variables["params"], variables["cache"]
+    cache = quantize.convert(cache, rules) if rules else cache
+
+    @jax.jit
+    def step(cache, x):
+        out, updated = compressed(model.apply)({"params": params, "cache": cache}, x, mutable=["cache"])
+        return updated["cache"], out
+
+    outs = []
+    for t in range(LENGTH):
+        cache, out = step(cache, tokens[:, t : t + 1])
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1), cache
+
+
+def rounded(x, bits):
+    """A step a token and head, written down a second time."""
+    limit = 2 ** (bits - 1) - 1
+    step = np.abs(x).max(-1, keepdims=True) / limit
+    return np.round(x / step) * step
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_over_a_quantized_cache(bits, rng):
+    """Against attention written down in NumPy, on keys and values that are rounded there."""
+    tokens = jnp.asarray(rng.normal(size=(BATCH, LENGTH, 12)), jnp.float32)
+    variables = attention().init(jax.random.key(0), tokens)
+    rules = {"cached_(key|value)$": quantize.Affine(bits, axes=(-4, -3, -2))}
+    with watch() as hits:
+        out, cache = decoded(variables, tokens, rules)
+    assert hits[("Quantized", "dynamic_update_slice", "rule")] == 2 and hits[("Quantized", "dot_general", "rule")] == 2
+    assert not any(how == "dense" for *_, how in hits)
+    assert isinstance(cache["cached_key"], Quantized) and int(cache["cache_index"]) == LENGTH
+
+    def projected(name):
+        p = variables["params"][name]
+        return np.einsum("bti,ihd->bthd", tokens, p["kernel"]) + np.asarray(p["bias"])
+
+    query, key, value = projected("query"), rounded(projected("key"), bits), rounded(projected("value"), bits)
+    np.testing.assert_allclose(cache["cached_key"].materialise(), key, rtol=1e-3, atol=0.02 if bits == 8 else 0.3)
+    logits = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(SIZE)
+    logits = np.where(np.tril(np.ones((LENGTH, LENGTH), bool)), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    mixed = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), value)
+    last = variables["params"]["out"]
+    expected = np.einsum("bqhd,hdo->bqo", mixed, last["kernel"]) + np.asarray(last["bias"])
+    np.testing.assert_allclose(out, expected, atol=0.01 if bits == 8 else 0.1)  # a tie may be rounded the other way
+    plain, whole = decoded(variables, tokens, None)
+    assert float(jnp.max(jnp.abs(out - plain))) < (0.03 if bits == 8 else 0.6)
+    held = BATCH * LENGTH * HEADS * (SIZE * bits // 8 + 4)
+    assert nbytes(cache) - nbytes(whole) == 2 * held - 2 * BATCH * LENGTH * HEADS * SIZE * 4
+
+
+def test_what_is_written_is_rounded_and_the_rest_stays(rng):
+    empty = quantize.quantize(jnp.zeros((4, 6)), quantize.Affine(8, axes=(0,)))
+    first, second = (jnp.asarray(rng.normal(size=(n, 6)) * n, jnp.float32) for n in (1, 2))
+    write = jax.jit(compressed(lambda w, x, at: jax.lax.dynamic_update_slice(w, x, (at, 0)), strict=True))
+    once = write(empty, first, 0)
+    twice = write(once, second, 2)
+    np.testing.assert_array_equal(twice.materialise()[0], once.materialise()[0])
+    np.testing.assert_array_equal(twice.materialise()[1], 0)
+    np.testing.assert_allclose(twice.materialise()[2:], rounded(np.asarray(second), 8), rtol=1e-5)
+    shared = quantize.quantize(jnp.zeros((4, 6)), quantize.Affine(8))
+    out = compressed(lambda w, x: jax.lax.dynamic_update_slice(w, x, (1, 0)))(shared, first)
+    assert isinstance(out, jax.Array)  # columns share a step that one row can't change

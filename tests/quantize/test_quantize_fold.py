@@ -1,0 +1,168 @@
+"""Folding and bias correction: against closed forms, in models that nobody edited."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxcompress.nnx
+from jaxcompress import quantize
+from jaxcompress.arrays import compressed, dense
+from jaxcompress.quantize import Affine
+
+
+class Net(nn.Module):
+    scaled: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def norm():
+            return nn.BatchNorm(use_running_average=not train, use_scale=self.scaled)
+
+        x = nn.relu(norm()(nn.Conv(6, (3, 3))(x)))
+        y = nn.relu(norm()(nn.Conv(6, (3, 3), use_bias=False, feature_group_count=2)(x)))
+        y = nn.Conv(6, (1, 1), name="used_twice")(y)
+        x = norm()(y) + y  # what follows the convolution is not one chain
+        x = norm()(nn.Dense(5)(x.mean((1, 2))))
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+def varied(variables, rng):
+    """Statistics and scales as training leaves them, and one channel that is switched off."""
+
+    def leaf(path, x):
+        name = path[-1].key
+        x = jnp.asarray(rng.uniform(0.3, 3, x.shape) if name in ("var", "scale") else rng.normal(size=x.shape), x.dtype)
+        return x.at[1].set(0) if name == "scale" else x
+
+    return jax.tree_util.tree_map_with_path(leaf, variables)
+
+
+@pytest.mark.parametrize("scaled", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_same_function_with_norms_that_only_shift(scaled, rng):
+    model, x = Net(scaled), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
+    variables = varied(model.init(jax.random.key(0), x), rng)
+    out = quantize.fold(model.apply, variables, x)
+    assert jax.tree.structure(out) == jax.tree.structure(variables)
+    np.testing.assert_allclose(model.apply(out, x), model.apply(variables, x), rtol=1e-4, atol=1e-4)
+    for kernel, norm, folded in [
+        ("Conv_0", 0, True),
+        ("Conv_1", 1, True),
+        ("used_twice", 2, False),
+        ("Dense_0", 3, True),
+    ]:
+        old, new = variables["params"], out["params"]
+        before, after = (tree["batch_stats"][f"BatchNorm_{norm}"] for tree in (variables, out))
+        factor = 1 / np.sqrt(np.asarray(before["var"]) + 1e-5)
+        left = 1 / np.sqrt(np.asarray(after["var"]) + 1e-5)
+        if scaled:
+            factor = factor * old[f"BatchNorm_{norm}"]["scale"]
+            left = left * new[f"BatchNorm_{norm}"]["scale"]
+        expected = old[kernel]["kernel"] * factor if folded else old[kernel]["kernel"]
+        np.testing.assert_allclose(new[kernel]["kernel"], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(left, 1 if folded else factor, rtol=1e-4)
+
+
+def test_nnx_and_plain_functions(rng):
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.conv, self.norm = nnx.Conv(2, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return jax.nn.relu(self.norm(self.conv(x)))
+
+    model, x = Small(nnx.Rngs(0)), jnp.asarray(rng.normal(size=(2, 4, 4, 2)), jnp.float32)
+    model.eval()
+    apply, params, rest = jaxcompress.nnx.functional(model)
+    params["norm"]["scale"] = jnp.asarray([2.0, 0.5, 1.0, 3.0])
+
+    def fn(both, x):
+        return apply(both["params"], both["rest"], x)[0]
+
+    both = {"params": params, "rest": rest}
+    out = quantize.fold(fn, both, x)
+    np.testing.assert_allclose(
+        out["params"]["conv"]["kernel"],
+        params["conv"]["kernel"] * params["norm"]["scale"] / np.sqrt(1 + 1e-5),
+        rtol=1e-4,
+    )
+    np.testing.assert_allclose(fn(out, x), fn(both, x), rtol=1e-4, atol=1e-5)
+
+    plain = {"w": jnp.ones((3, 2)), "b": jnp.asarray([1.0, 2.0]), "gain": jnp.asarray([4.0, 5.0])}
+    folded = quantize.fold(
+        lambda p, x: jnp.tanh(jax.jit(lambda y: p["gain"] * (p["b"] - y))(x @ p["w"])),
+        plain,
+        x[0, 0, :, :1].repeat(3, 1),
+    )
+    np.testing.assert_allclose(folded["w"], [[-4.0, -5.0]] * 3)
+    np.testing.assert_allclose(folded["gain"], [-1.0, -1.0])
+    np.testing.assert_allclose(folded["b"], [-4.0, -10.0])
+
+
+def test_nothing_to_fold(rng):
+    model, x = Net(), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="running averages"):  # statistics of the batch depend on the data
+        quantize.fold(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0], variables, x)
+    with pytest.raises(ValueError, match="nothing to fold"):
+        quantize.fold(lambda p, x: jax.nn.relu(x @ p) * 2, jnp.ones((4, 3)), jnp.ones((2, 4)))
+
+
+def test_bias_correction_is_the_mean_inputs_times_the_error(rng):
+    """Closed form: `b + mean(x) (w - w')`; then the layer's mean output is the float model's."""
+    x = [jnp.asarray(rng.normal(loc=1, size=(8, 6)), jnp.float32) for _ in range(3)]
+    params = {"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "b": jnp.ones(4)}
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"])
+
+    small = quantize.convert(params, {"w": Affine(3)})
+    out = quantize.correct_biases(fn, params, small, x)
+    mean = np.concatenate(x).mean(0)
+    np.testing.assert_allclose(out["b"], 1 + mean @ np.asarray(params["w"] - small["w"].materialise()), rtol=1e-4)
+    assert out["w"] is small["w"]
+
+
+@pytest.mark.slow
+def test_bias_correction_of_convolutions_and_norms(rng):
+    """Where the bias stands before or behind a norm's scale; and inputs on a static grid count too."""
+    model, x = Net(), jnp.asarray(rng.normal(loc=0.5, size=(8, 5, 5, 4)), jnp.float32)
+    variables = varied(model.init(jax.random.key(0), x), rng)
+    rules = {"kernel$": Affine(3, axes=(), activation_bits=4)}
+    ranges = quantize.input_ranges(model.apply, variables, [x], rules)
+    small = quantize.static(quantize.convert(variables, rules), ranges)
+    out = quantize.correct_biases(model.apply, variables, small, [x])
+    changed = {
+        "/".join(str(k.key) for k in path[1:])
+        for (path, a), (_, b) in zip(
+            jax.tree_util.tree_leaves_with_path(dense(out)),
+            jax.tree_util.tree_leaves_with_path(dense(small)),
+            strict=True,
+        )
+        if not np.array_equal(a, b)
+    }
+    assert changed == {"BatchNorm_0/bias", "BatchNorm_1/bias", "used_twice/bias", "BatchNorm_3/bias", "head/bias"}
+
+    def first(v, x):  # the first layer alone: its mean output is the float model's
+        return nn.BatchNorm(use_running_average=True).apply(
+            {"params": v["params"]["BatchNorm_0"], "batch_stats": v["batch_stats"]["BatchNorm_0"]},
+            nn.Conv(6, (3, 3)).apply({"params": v["params"]["Conv_0"]}, x),
+        )
+
+    wanted, got, uncorrected = (np.mean(compressed(first)(tree, x), axis=(0, 1, 2)) for tree in (variables, out, small))
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert np.max(np.abs(uncorrected - wanted)) > 1e-2
+
+
+def test_bias_correction_refuses(rng):
+    params, x = {"w": jnp.ones((3, 2))}, jnp.ones((2, 3))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    small = quantize.convert(params, {"w": Affine(4)})
+    with pytest.raises(ValueError, match="no compressed weight has a bias"):
+        quantize.correct_biases(fn, params, small, [x])
+    with pytest.raises(ValueError, match="no batches"):
+        quantize.correct_biases(fn, params, small, [])
+    with pytest.raises(ValueError, match="other leaves"):
+        quantize.correct_biases(fn, params, {"v": small["w"]}, [x])

@@ -1,0 +1,166 @@
+"""Formats of hardware and papers: against their definitions, through products, lookups and checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from scipy.stats import norm
+
+from jaxcompress import quantize
+from jaxcompress.arrays import compressed, dense, nbytes, watch
+from jaxcompress.quantize import MX, NF4, Affine, Floats
+from jaxcompress.quantize._formats import FP4_LEVELS, NF4_LEVELS
+
+SCHEMES = {
+    "e4m3": Floats("float8_e4m3fn"),
+    "e5m2": Floats("float8_e5m2", axes=()),
+    "bfloat16": Floats("bfloat16"),
+    "float16": Floats("float16"),
+    "nf4": NF4((-2, 20)),
+    "mx e4m3": MX("float8_e4m3fn"),
+    "mx e5m2": MX("float8_e5m2"),
+    "mx fp4": MX("float4_e2m1fn"),
+    "mx int8": MX("int8"),
+    **{f"{bits} bits": Affine(bits) for bits in (2, 3, 5, 6, 7, 8)},
+}
+
+
+@pytest.fixture
+def weight(rng):
+    """70 inputs: neither groups of 20 nor of 32 divide them."""
+    return jnp.asarray(rng.normal(size=(70, 6)) * np.exp(rng.normal(size=(70, 6))), jnp.float32)
+
+
+def test_nf4_levels_are_the_papers_quantiles():
+    """Dettmers et al. 2023: quantiles of N(0, 1), nine to the right and eight to the left of zero, over the largest."""
+    offset = 0.9677083
+    right, left = (norm.ppf(np.linspace(offset, 0.5, n)[:-1]) for n in (9, 8))
+    levels = np.sort(np.concatenate([right, [0.0], -left]))
+    np.testing.assert_allclose(NF4_LEVELS, levels / levels.max(), atol=1e-6)
+
+
+def test_fp4_levels_are_the_types():
+    np.testing.assert_array_equal(
+        np.float32(FP4_LEVELS), np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    )
+
+
+def grouped(w, size):
+    return [w[i : i + size] for i in range(0, len(w), size)]
+
+
+def test_values_are_the_definitions(weight):
+    """Written down a second time with NumPy and ml_dtypes."""
+    w = np.asarray(weight)
+    got = {name: np.asarray(scheme.convert(weight).materialise()) for name, scheme in SCHEMES.items()}
+
+    def near(levels, x):
+        return levels[np.argmin(np.abs(x[..., None] - levels), axis=-1)]
+
+    nf4 = [near(np.float32(NF4_LEVELS), g / np.abs(g).max(0)) * np.abs(g).max(0) for g in grouped(w, 20)]
+    np.testing.assert_allclose(got["nf4"], np.concatenate(nf4), rtol=1e-6)
+    for name, dtype, largest in [
+        ("mx e4m3", ml_dtypes.float8_e4m3fn, 8),
+        ("mx e5m2", ml_dtypes.float8_e5m2, 15),
+        ("mx fp4", ml_dtypes.float4_e2m1fn, 2),
+    ]:
+        parts = []
+        for g in grouped(w, 32):
+            scale = 2.0 ** (np.floor(np.log2(np.abs(g).max(0))) - largest)
+            top = float(ml_dtypes.finfo(dtype).max)
+            parts.append(np.clip(g / scale, -top, top).astype(dtype).astype(np.float32) * scale)
+        np.testing.assert_allclose(got[name], np.concatenate(parts), rtol=1e-6)
+    parts = []
+    for g in grouped(w, 32):
+        unit = 2.0 ** np.floor(np.log2(np.abs(g).max(0))) / 64
+        parts.append(np.clip(np.round(g / unit), -127, 127) * unit)
+    np.testing.assert_allclose(got["mx int8"], np.concatenate(parts), rtol=1e-6)
+    scale = np.abs(w).max(0) / np.float32(448)
+    e4m3 = (w / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    np.testing.assert_allclose(got["e4m3"], e4m3, rtol=1e-6)
+    for name in ("bfloat16", "float16"):
+        np.testing.assert_array_equal(got[name], np.float32(w.astype(jnp.dtype(name))))
+
+
+def test_bytes(weight):
+    sizes = {name: nbytes(scheme.convert(weight)) for name, scheme in SCHEMES.items()}
+    n, scales = 70 * 6, 6
+    assert sizes["e4m3"] == n + 4 * scales and sizes["bfloat16"] == 2 * n + 4
+    assert sizes["nf4"] == n // 2 + 4 * 4 * scales  # four groups of 20
+    assert sizes["mx fp4"] == n // 2 + 3 * scales and sizes["mx e4m3"] == sizes["mx int8"] == n + 3 * scales
+    assert sizes["3 bits"] == n // 2 + 4 * scales and sizes["5 bits"] == n + 4 * scales
+
+
+def test_products_and_lookups_need_no_dense_weight(weight, rng):
+    x = jnp.asarray(rng.normal(size=(4, 70)), jnp.float32)
+    leaves = {name: scheme.convert(weight) for name, scheme in SCHEMES.items()}
+
+    @jax.jit
+    def run(leaves, x):
+        products = compressed(lambda w: (x @ w, (w.T @ x.T).T), strict=True)
+        rows = compressed(lambda w: w[jnp.asarray([3, 69])])  # of groups of rows only by way of the dense value
+        return {name: (*products(w), rows(w)) for name, w in leaves.items()}
+
+    with watch() as hits:
+        out = run(leaves, x)
+    assert hits[("Quantized", "dot_general", "rule")] == 2 * len(leaves)
+    assert hits[("Quantized", "gather", "rule")] == sum(w.group is None for w in leaves.values())
+    for name, (product, turned, rows) in out.items():
+        w = np.asarray(leaves[name].materialise())
+        np.testing.assert_allclose(product, np.asarray(x) @ w, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(turned, np.asarray(x) @ w, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(rows, w[[3, 69]], rtol=1e-6)
+
+
+def test_every_type_saves_and_restores(weight, tmp_path):
+    tree = {name.replace(" ", "_"): scheme.convert(weight) for name, scheme in SCHEMES.items()}
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "step", tree)
+        saver.wait_until_finished()
+        back = saver.restore(tmp_path / "step", jax.eval_shape(lambda: tree))
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1.0, 3e4, -3e38])
+def test_constant_channels_are_finite(value):
+    w = jnp.full((40, 3), value, jnp.float32)
+    for name, scheme in SCHEMES.items():
+        if name == "float16" and abs(value) > 1e5:
+            with pytest.raises(ValueError, match="beyond 65504"):
+                scheme.convert(w)
+            continue
+        out = np.asarray(scheme.convert(w).materialise())
+        assert np.all(np.isfinite(out)), name
+        if value in (0.0, 1.0) or (abs(value) > 1 and "mx" not in name):
+            np.testing.assert_allclose(out, value, rtol=0.01, err_msg=name)
+
+
+def test_stochastic_rounding_has_the_weight_as_its_mean(rng):
+    w = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    draw = jax.jit(jax.vmap(lambda key: dense(quantize.quantize(w, Affine(3), key=key))))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    step = np.asarray(quantize.quantize(w, Affine(3)).scale)
+    np.testing.assert_allclose(drawn.mean(0), w, atol=5 * float(step.max()) * 0.5 / np.sqrt(4000))
+    assert np.all(np.abs(drawn - w) <= step * (1 + 1e-5)) and np.any(drawn.std(0) > 0)
+
+
+def test_training_under_a_format(weight):
+    fake = quantize.fake(lambda p: jnp.sum(p["w"] ** 2), {"w": NF4((-2, 20))})
+    value, grads = jax.value_and_grad(fake)({"w": weight})
+    rounded = NF4((-2, 20)).convert(weight).materialise()
+    np.testing.assert_allclose(value, jnp.sum(rounded**2), rtol=1e-5)
+    np.testing.assert_allclose(grads["w"], 2 * rounded, rtol=1e-5)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="dtype is one of"):
+        Floats("float8")
+    with pytest.raises(ValueError, match="element is one of"):
+        MX("int4")
+    with pytest.raises(ValueError, match="axis -2"):
+        NF4().convert(jnp.ones(4))

@@ -1,0 +1,88 @@
+"""Safetensors of quantized weights: read back to the bit, and laid out as the format is described."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxcompress import quantize, tensors
+from jaxcompress.quantize import Affine
+
+
+@pytest.fixture
+def tree(rng):
+    def kernel(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {
+        "eight": {"kernel": kernel(10, 6), "bias": jnp.ones(6)},
+        "four": {"kernel": kernel(70, 12)},
+        "zero": {"four": {"kernel": kernel(20, 11).astype(jnp.bfloat16)}, "eight": {"kernel": kernel(9, 5)}},
+        "two": {"kernel": kernel(33, 4)},
+        "norm": {"scale": jnp.full(3, 2, jnp.float16), "steps": jnp.arange(3)},
+    }
+    rules = [
+        ("^eight/kernel", Affine(8, activation_bits=8)),
+        ("^four/kernel", Affine(4, group=(0, 32))),
+        ("zero/four", Affine(4, symmetric=False, activation_bits=8)),
+        ("zero/eight", Affine(8, symmetric=False, axes=())),
+        ("two/kernel", Affine(2, axes=())),
+        ("", None),
+    ]
+    small = quantize.convert(params, rules)
+    ranges = {"eight/kernel": quantize.Range(np.float32(-1), np.float32(2))}
+    small["eight"] = quantize.static({"eight": small["eight"]}, ranges)["eight"]
+    return small
+
+
+def test_read_back_to_the_bit(tree, tmp_path):
+    config = tensors.save(tmp_path / "model.safetensors", tree)
+    for given in (None, config):
+        back = tensors.load(tmp_path / "model.safetensors", given)
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        jax.tree.map(np.testing.assert_array_equal, back, tree)
+        assert [x.dtype for x in jax.tree.leaves(back)] == [x.dtype for x in jax.tree.leaves(tree)]
+    assert config["format"] == "mixed-precision" and config["quant_method"] == "compressed-tensors"
+
+
+def test_the_layout_is_the_formats(tree, tmp_path):
+    """Eight codes a word, plus eight each, the first in the lowest bits; outputs in front."""
+    tensors.save(tmp_path / "model.safetensors", tree)
+    file = load_file(tmp_path / "model.safetensors")
+    packed, codes = file["four.weight_packed"], np.asarray(tree["four"]["kernel"].codes())
+    assert packed.dtype == np.int32 and packed.shape == (12, 9) and file["four.weight_shape"].tolist() == [12, 70]
+    assert file["four.weight_scale"].shape == (12, 3)
+    for out, word, place in [(0, 0, 0), (3, 2, 7), (11, 8, 5)]:
+        assert (int(packed[out, word]) >> (4 * place) & 15) - 8 == codes[8 * word + place, out]
+    assert file["eight.weight"].dtype == np.int8 and file["eight.weight"].shape == (6, 10)
+    assert file["eight.weight_scale"].shape == (6, 1) and file["two.weight_scale"].shape == (1,)
+    zero = np.asarray(tree["zero"]["four"]["kernel"].zero_point)[0]
+    words = file["zero.four.weight_zero_point"]  # packed along the outputs
+    assert words.shape == (2, 1) and (int(words[1, 0]) >> 8 & 15) - 8 == zero[10]
+    assert file["norm.scale"].dtype == np.float16
+
+
+def test_refuses(tree, tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(TypeError, match=r"'w': the layout has integers.*jaxcompress.pack"):
+        tensors.save(path, quantize.convert({"w": jnp.ones((64, 4))}, {"w": quantize.NF4()}))
+    with pytest.raises(ValueError, match="'w': want a matrix"):
+        tensors.save(path, quantize.convert({"w": jnp.ones((3, 3, 4))}, {"w": Affine()}))
+    with pytest.raises(ValueError, match="'w': want a matrix"):
+        tensors.save(path, quantize.convert({"w": jnp.ones((3, 4))}, {"w": Affine(axes=(0,))}))
+    with pytest.raises(FileNotFoundError):
+        tensors.load(path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="damaged"):
+        tensors.load(path)
+    config = tensors.save(path, tree)
+    arrays = load_file(path)
+    del arrays["four.weight_scale"]
+    save_file(arrays, path)
+    with pytest.raises(ValueError, match="quantization_config"):
+        tensors.load(path)
+    with pytest.raises(ValueError, match=r"no four.weight_scale"):
+        tensors.load(path, config)
+    with pytest.raises(ValueError, match="gptq"):
+        tensors.load(path, {"quant_method": "gptq"})
