@@ -1,0 +1,143 @@
+"""BERT-base beside TinyBERT's student: `python -m experiments.distill_tinybert --data-dir DIR`.
+
+Parameters and the time of one sentence, padded to 128 tokens, for networks with fresh weights: what Jiao et al. 2020
+give as 13.3% and 10.6%. Sentences are SST-2's (`train.tsv` and `dev.tsv` in DIR or DIR/sst2), with a number for each
+word; which number, and what the weights are, does not change the time. Nothing is trained and no test data are read.
+"""
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments import _distilling, _results
+from experiments._bert import BASE, TINY, Bert, Size
+from experiments._distilling import bars, command, gathered, written
+from experiments._results import Column
+from experiments._splits import SplitRecord
+from experiments.data import DataNotFoundError
+
+
+@dataclass(frozen=True)
+class Config(_distilling.Config):
+    """The cost of BERT-base and of TinyBERT's student."""
+
+    data: str = "sst2"
+    seeds: int = 5
+    """How many sentences are timed, one after the other."""
+    tokens: int = 128
+    repeats: int = 5
+    """Of each sentence; the fastest counts."""
+    large: Size = BASE
+    small: Size = TINY
+
+
+SHORT = Config(
+    seeds=2,
+    tokens=8,
+    repeats=1,
+    large=Size(2, 16, 2, 32, 100, 16),
+    small=Size(1, 8, 2, 16, 100, 16),
+)
+"""A run of seconds, for tests."""
+
+
+def sentences(data_dir: Path | None, part: str) -> tuple[list[str], SplitRecord]:
+    """The sentences of `part`.tsv, `SENTENCE<TAB>LABEL` a line, and the file's size and hash.
+
+    Raises:
+      DataNotFoundError: there is no such file.
+    """
+    folder = data_dir or Path(os.environ.get("JAXCOMPRESS_DATA_DIR") or ".")
+    places = [folder / "sst2" / f"{part}.tsv", folder / f"{part}.tsv"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise DataNotFoundError(
+            f"no SST-2: neither {places[0]} nor {places[1]}; give --data-dir or $JAXCOMPRESS_DATA_DIR"
+        )
+    lines = found.read_text(encoding="utf-8").splitlines()
+    record = SplitRecord(len(lines), hashlib.sha256(found.read_bytes()).hexdigest())
+    return [line.rsplit("\t", 1)[0] for line in lines], record
+
+
+def numbered(sentence: str, size: Size, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """A sentence as `[1, tokens]` numbers of words and the mask of what is not padding."""
+    words = sentence.split()[:tokens]
+    numbers = [1 + int(hashlib.sha256(word.encode()).hexdigest(), 16) % (size.vocabulary - 1) for word in words]
+    row = np.zeros((1, tokens), np.int32)
+    row[0, : len(numbers)] = numbers
+    return jnp.asarray(row), jnp.asarray(np.arange(tokens)[None] < len(numbers))
+
+
+def main(config: Config) -> _results.Result:
+    """Builds both, times them, and writes the result and the figure."""
+    c = config
+    texts, train = sentences(c.data_dir, "train")
+    _, validation = sentences(c.data_dir, "dev")
+    figures: list[tuple[str, int, dict[str, float]]] = []
+    measured: dict[str, list[dict[str, float]]] = {}
+    for name, size in (("BERT-base", c.large), ("TinyBERT's student", c.small)):
+        model, run = Bert(size), None
+        for i in range(c.seeds):
+            tokens, mask = numbered(texts[i], size, c.tokens)
+            if run is None:
+                variables: Any = jax.jit(model.init)(jax.random.key(0), tokens, mask)
+                count = sum(x.size for x in jax.tree.leaves(variables))
+                run = jax.jit(lambda v, t, m, model=model: model.apply(v, t, m).pooled)
+                run(variables, tokens, mask).block_until_ready()
+            times = []
+            for _ in range(c.repeats):
+                begin = time.perf_counter()
+                run(variables, tokens, mask).block_until_ready()
+                times.append(time.perf_counter() - begin)
+            measured.setdefault(name, []).append({"parameters": count, "milliseconds": 1e3 * min(times)})
+    for name, found in measured.items():
+        for i, ours in enumerate(found):
+            whole = measured["BERT-base"][i]
+            shares = {f"{key}_share": 100 * ours[key] / whole[key] for key in ours}
+            figures.append((name, i, ours | shares))
+    rows = gathered(figures, {"TinyBERT's student": {"parameters_share": 13.3, "milliseconds_share": 10.6}})
+    result = _results.Result(
+        name="distill_tinybert_sst2",
+        title="What TinyBERT's student costs",
+        source="Jiao et al. 2020, table 1, where the time is that of a GPU.",
+        command=command("distill_tinybert", c),
+        data="sst2",
+        splits={"train": train, "validation": validation},
+        selection="nothing was chosen",
+        choices=(),
+        test_reads=(),
+        columns=(
+            Column("parameters", "parameters", 0),
+            Column("parameters_share", "% of BERT-base"),
+            Column("milliseconds", "ms a sentence", 1),
+            Column("milliseconds_share", "% of BERT-base's time", 1),
+        ),
+        rows=tuple(rows),
+        comparisons=(),
+        versions=_results.versions(),
+        machine=_results.machine(),
+        notes=(
+            f"{c.small.layers} layers of {c.small.hidden}, {c.large.layers} of {c.large.hidden}; vocabulary"
+            f" {c.large.vocabulary:,}; embeddings and the pooled first token counted, no head. Fresh weights: nothing"
+            f" was"
+            " trained.",
+            f"One sentence padded to {c.tokens} tokens, float32; {c.seeds} sentences stand for the seeds, and the"
+            f" fastest of"
+            f" {c.repeats} runs of each counts. Other jobs shared the cores.",
+        ),
+    )
+    return written(
+        result, c, lambda path: bars(path, rows, "milliseconds", x_title="ms a sentence", title=result.title)
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
