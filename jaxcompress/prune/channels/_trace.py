@@ -66,6 +66,9 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
     names = [name for name, _ in paths.named_leaves(param_arrays)]
     if not names:
         raise ValueError("params has no arrays: pass the tree that is to be cut, as the function's first argument")
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"two parameters are called {twice[0]!r}: give their branches of the tree other names")
     static: list[Any] = []
 
     def staged(param_arrays: Any, arg_arrays: Any) -> Any:
