@@ -1,13 +1,12 @@
 """The smaller model equals the one with zeroed units, forward and gradient, for the architectures that people prune."""
 
-import jax
 import numpy as np
 import pytest
 from channels_zoo import ZOO
 
 from jaxcompress.prune import channels
 
-FAST = {"mlp", "resnet_option_a", "rotary_gqa"}
+FAST = {"mlp", "rotary_gqa"}
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
@@ -33,6 +32,5 @@ def check(fn, params, args, seed=0):
 @pytest.mark.parametrize("name", NAMES)
 def test_oracle(name):
     fn, params, args = ZOO[name]()
-    for seed in range(2):
+    for seed in range(1 if name in FAST else 2):
         check(fn, params, args, seed)
-    assert jax.tree.leaves(params)
