@@ -47,7 +47,7 @@ class Config(_distilling.Config):
     alpha: float = 0.9
 
 
-SHORT = Config(data="digits", seeds=1, examples=256, epochs=1, teacher="resnet20", student="resnet20")
+SHORT = Config(data="digits", seeds=1, examples=256, epochs=1, teacher="resnet8x4", student="resnet8x4")
 """A run of a minute on digits, for tests; its accuracies mean nothing."""
 
 LABELS, SOFT, DECOUPLED, STANDARD = "labels alone", "soft targets", "decoupled", "standardised logits"

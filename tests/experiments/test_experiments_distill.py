@@ -266,7 +266,7 @@ def test_smoothing_and_partial_teachers(tmp_path):
 @pytest.mark.slow
 def test_a_pair_under_the_literatures_recipe(tmp_path):
     rows = checked(distill_pairs.main(dataclasses.replace(distill_pairs.SHORT, out=tmp_path)), tmp_path)
-    assert len(rows) == 5 and rows["teacher resnet20"]["size"].mean == 272_186  # 10 classes and one channel
+    assert len(rows) == 5 and rows["teacher resnet8x4"]["size"].mean == 1_209_834  # 10 classes and one channel
 
 
 @pytest.mark.slow
@@ -276,6 +276,37 @@ def test_every_method(tmp_path):
     assert len(rows) == 36 and rows["labels alone"]["gain"].mean == 0
     different = {ours["accuracy"].values for ours in rows.values()}
     assert len(different) > 15  # each term does something
+
+
+RECORDED = Path(__file__).parents[2] / "experiments" / "results"
+
+
+def recorded(name: str) -> dict:
+    """Of a recorded result, each row's figures."""
+    return {row.name: row.ours for row in _results.read(RECORDED / f"{name}.json").rows}
+
+
+def test_recorded_mnist_has_the_papers_order_in_every_seed():
+    rows = recorded("distill_table_mnist")
+    errors = [rows[name]["errors"].values for name in distill_mnist.PAPER]
+    for teacher, scratch, distilled, blind, corrected in zip(*errors, strict=True):
+        assert teacher < distilled < scratch and distilled < corrected < blind
+    assert rows[distill_mnist.WITHOUT]["of_3"].mean < 0.15 * 1010  # it knows the digit that it has never seen
+
+
+def test_recorded_temperatures_matter_less_where_there_is_room():
+    rows = {
+        name: {key: f.mean for key, f in ours.items()} for name, ours in recorded("distill_temperatures_mnist").items()
+    }
+    wide, narrow = rows["2x300"], rows["2x30"]
+    assert max(wide["t8"], wide["t20"]) - min(wide["t8"], wide["t20"]) < 0.1 and wide["t20"] < wide["t0"] - 0.5
+    assert narrow["t1"] < narrow["t2"] < min(narrow["t8"], narrow["t20"])
+
+
+def test_recorded_larger_teachers_teach_a_small_student_worse():
+    rows = recorded("distill_growing_mnist").values()
+    teachers, students = ([ours[key].mean for ours in rows] for key in ("teacher", "distilled"))
+    assert teachers == sorted(teachers) and students == sorted(students, reverse=True)
 
 
 @pytest.mark.parametrize(
