@@ -91,6 +91,35 @@ def test_a_subset_is_all_that_is_shown(room):
         next(learn._batches(0, np.arange(5)))
 
 
+def test_what_was_measured_before_a_cut_is_not_measured_again(tmp_path):
+    """Figures, the reads of test data that they took, and trained networks, under one setting only."""
+    config = _distilling.Config(seeds=1, epochs=2, resume=tmp_path, examples=200)
+    model, calls = Mlp((4,)), []
+
+    def measure(room: Room) -> float:
+        calls.append("measured")
+        images, labels = room.test_images("a model")
+        return float(images.sum()) + len(labels) / 3
+
+    def learn() -> dict:
+        calls.append("trained")
+        return first.init(model, 7)
+
+    first, second = Room(config), Room(dataclasses.replace(config, seeds=3, out=tmp_path))
+    values = [room.kept("A figure, seed 0", lambda room=room: measure(room)) for room in (first, second)]
+    networks = [room.trained("a network", model, learn) for room in (first, second)]
+    assert values[0] == values[1] and calls == ["measured", "trained"]
+    assert first.dataset.test.reads == second.dataset.test.reads and len(first.dataset.test.reads) == 1
+    jax.tree.map(np.testing.assert_array_equal, *networks)
+    with pytest.raises(ValueError, match="already read for 'a model'"):
+        second.test_images("a model")
+    longer = Room(dataclasses.replace(config, epochs=3))
+    with pytest.raises(ValueError, match="of other settings"):
+        longer.kept("A figure, seed 0", lambda: measure(longer))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and longer.trained("a network", model, learn) is not None
+    assert calls == ["measured", "trained", "trained"]
+
+
 def test_jitter_moves_images_by_whole_pixels():
     images = jax.random.uniform(jax.random.key(0), (40, 6, 6, 1))
     moved = np.asarray(jittered(2)(images, jax.random.key(1)))
