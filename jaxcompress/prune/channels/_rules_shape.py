@@ -211,14 +211,17 @@ def _pad(tracer: Tracer, call: Call) -> list[Value]:
             whole = None
         labels.append(whole)
         parts.append((label[: max(0, -low)], label[n - max(0, -high) :], begin, end))
-        zero.append(x.zero[axis] and (filler.is_zero or (begin is None and end is None)))
+        zero.append(x.zero[axis])
     call.extra = parts
+    filled = any(low > 0 or high > 0 or interior for low, high, interior in call.params["padding_config"])
+    if filled and not filler.is_zero:
+        zero = [False] * x.ndim
     return [tracer.value(call.avals[0], labels, zero)]
 
 
 def _pad_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
     def count(label: Label) -> int:
-        return 0 if label is None or not len(label) else int(np.count_nonzero(runner.positions(label, len(label)) >= 0))
+        return 0 if label is None or not len(label) else runner.count(label)
 
     config = []
     for (low, high, interior), parts in zip(step.params["padding_config"], step.extra, strict=True):
