@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,7 +113,7 @@ def _prepared(
                 inputs[operand] = tapped(axis, inputs[operand], *self.probes[number])
             return super()._step(step, inputs)
 
-    @jax.jit
+    @eqx.filter_jit
     def run(params: Any, args: Any) -> Any:
         leaves = [x for x in jax.tree.leaves((params, args)) if is_array(x)]
 

@@ -12,6 +12,8 @@ from jaxcompress.prune.channels._plan import Plan, from_units
 
 Scope = Literal["local", "global", "isomorphic"]
 
+_MOST = 1.0 - 1e-6
+
 
 def plan(
     groups: Groups,
@@ -20,6 +22,7 @@ def plan(
     *,
     parameters: float | None = None,
     flops: float | None = None,
+    until: Callable[[Plan], bool] | None = None,
     scope: Scope = "local",
     normalize: Literal["mean", "max", None] = None,
     round_to: int = 1,
@@ -29,7 +32,7 @@ def plan(
 ) -> Plan:
     """Choose the units with the lowest scores, and make the plan without them.
 
-    Exactly one of `ratio`, `parameters` and `flops` says how much goes.
+    Exactly one of `ratio`, `parameters`, `flops` and `until` says how much goes.
 
     Args:
       groups: of the function.
@@ -38,6 +41,8 @@ def plan(
         matches stays whole).
       parameters: the share of parameters to be left, in (0, 1]: the smallest ratio that reaches it is found.
       flops: the same for `channels.flops`.
+      until: any other target: whether a plan is small enough (a time measured with `shrink`, a number of bytes). The
+        smallest ratio for which it is true is searched for in steps of 1/64, with at most seven calls.
       scope: `local`: each group loses the same share. `global`: all groups' units are ranked together. `isomorphic`:
         those of groups with the same kinds of members are (Fang et al. 2024, "Isomorphic Pruning for Vision Models").
       normalize: divide each group's scores by their mean or largest, before groups are ranked together: norms of layers
@@ -53,8 +58,8 @@ def plan(
         that cannot be reached.
       UnmatchedRuleError: a rule of `ratio` matches no group.
     """
-    if sum(x is not None for x in (ratio, parameters, flops)) != 1:
-        raise ValueError("give exactly one of ratio, parameters and flops")
+    if sum(x is not None for x in (ratio, parameters, flops, until)) != 1:
+        raise ValueError("give exactly one of ratio, parameters, flops and until")
     if scope not in ("local", "global", "isomorphic"):
         raise ValueError(f"scope must be 'local', 'global' or 'isomorphic', got {scope!r}")
     if round_to < 1 or minimum < 1 or not 0 < max_ratio <= 1:
@@ -84,12 +89,17 @@ def plan(
         elif scope != "local":
             raise ValueError(f"rules of ratios need scope='local', got {scope!r}")
         return with_ratio(ratio)
-    if parameters is not None:
-        total = with_ratio(0.0).parameters[0]
-        return _smallest(with_ratio, lambda made: made.parameters[1] / total, parameters, "parameters")
-    assert flops is not None
-    whole = count_flops(groups)
-    return _smallest(with_ratio, lambda made: count_flops(groups, made) / whole, flops, "flops")
+    if until is not None:
+        return _smallest(with_ratio, until, "until cannot be met", turns=6)
+    share = parameters if parameters is not None else flops
+    assert share is not None
+    if not 0 < share <= 1:
+        raise ValueError(f"parameters and flops are shares in (0, 1], got {share}")
+    cost = (lambda made: made.parameters[1]) if parameters is not None else (lambda made: count_flops(groups, made))
+    whole, least = cost(with_ratio(0.0)), cost(with_ratio(_MOST))
+    what = "parameters" if parameters is not None else "flops"
+    message = f"cannot bring {what} down to {share:.3g}: with the least units kept {least / whole:.3g} remain"
+    return _smallest(with_ratio, lambda made: cost(made) <= share * whole, message)
 
 
 def _checked(groups: Groups, scores: Mapping[str, Any], inexact: bool) -> dict[str, np.ndarray]:
@@ -140,19 +150,16 @@ def _kind(group: Group) -> Any:
     return tuple(sorted((len(m.shape), m.axis, tuple(sorted(m.roles)), m.index.shape[1]) for m in group.members))
 
 
-def _smallest(made: Callable[[float], Plan], share: Callable[[Plan], float], target: float, what: str) -> Plan:
-    if not 0 < target <= 1:
-        raise ValueError(f"{what} must be a share in (0, 1], got {target}")
-    low, high = 0.0, 1.0 - 1e-6
+def _smallest(made: Callable[[float], Plan], reached: Callable[[Plan], bool], message: str, turns: int = 18) -> Plan:
+    """The plan of the smallest ratio that reaches the target, by bisection."""
+    low, high = 0.0, _MOST
     best = made(high)
-    if share(best) > target:
-        raise ValueError(
-            f"cannot bring {what} down to {target:.3g}: with the least units kept {share(best):.3g} remain"
-        )
-    for _ in range(18):
+    if not reached(best):
+        raise ValueError(message + ": keep fewer units at least, or ask for less")
+    for _ in range(turns):
         middle = (low + high) / 2
         tried = made(middle)
-        if share(tried) <= target:
+        if reached(tried):
             best, high = tried, middle
         else:
             low = middle

@@ -142,6 +142,21 @@ def test_targets_are_reached_and_hardly_overshot(scope):
     assert 0.35 < channels.flops(groups, plan) / channels.flops(groups) <= 0.6
 
 
+def test_any_target_is_reached_by_the_smallest_ratio():
+    params, x = setting(5, 16, 3)
+    groups = channels.groups(dense, params, x)
+    asked = []
+
+    def small_enough(plan):
+        asked.append(plan.parameters[1])
+        return plan.parameters[1] <= 11 * 8
+
+    plan = channels.plan(groups, channels.norm(groups, params), until=small_enough)
+    assert plan.widths["w1[1]"] == (16, 11) and len(asked) == 7
+    with pytest.raises(ValueError, match="until cannot be met"):
+        channels.plan(groups, channels.norm(groups, params), until=lambda plan: False)
+
+
 def test_plan_as_text_gives_the_same_plan():
     params, x = setting()
     plan = channels.from_units(channels.groups(dense, params, x), {"w1[1]": [1, 4]})
