@@ -80,7 +80,7 @@ def _prepared(
     groups: Groups, fn: Any, params: Any, args: Any, statistic: str
 ) -> tuple[Any, dict[tuple[str, int], int]]:
     traced = trace(fn, params, args, groups.free_out)
-    wanted = {(m.path, m.axis) for group in groups for m in group.members if "in" in m.roles}
+    wanted = {(m.path, m.axis): m.shape[m.axis] for group in groups for m in group.members if "in" in m.roles}
     places: dict[tuple[str, int], int] = {}
     taps: dict[Step, tuple[int, int, int]] = {}  # step -> (number, operand, its axis)
     sizes = []
@@ -88,7 +88,7 @@ def _prepared(
     def visit(tape: Tape) -> None:
         for step in tape.steps:
             tap = _tap(step, traced.names)
-            if tap is not None and tap[0] in wanted:
+            if tap is not None and tap[0] in wanted and step.inputs[tap[1]].shape[tap[2]] == wanted[tap[0]]:
                 place, operand, axis = tap
                 if place not in places:
                     places[place] = len(places)

@@ -92,6 +92,7 @@ def test_linen(name):
     assert not groups.unknown
 
 
+@pytest.mark.slow
 def test_linen_batch_statistics_that_are_written_may_shrink():
     model = Residual()
     variables = noisy(model.init(jax.random.key(0), IMAGES))
