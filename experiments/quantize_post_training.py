@@ -4,6 +4,7 @@ A trained network is quantized to 8, 4, 3 and 2 bits, weights alone and with 8-b
 that round to nearest and ways that round better. The calibration data are training images; nothing is chosen on others.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -128,9 +129,13 @@ def main(config: Config) -> _results.Result:
 def tested(lab: Lab, name: str, params: Any) -> float:
     """`lab.test` of a network with compressed leaves, which runs on them as they are."""
     split = lab.dataset.test.read(for_model=name)
-    images, labels = jnp.asarray(split.inputs()), jnp.asarray(split.labels)
-    logits = jax.jit(compressed(lab.apply))(params, images)
-    return 100 * float(jnp.mean(jnp.argmax(logits, axis=-1) == labels))
+    logits = _compiled(lab)(params, jnp.asarray(split.inputs()))
+    return 100 * float(jnp.mean(jnp.argmax(logits, axis=-1) == jnp.asarray(split.labels)))
+
+
+@functools.cache
+def _compiled(lab: Lab) -> Callable[[Any, jax.Array], jax.Array]:
+    return jax.jit(compressed(lab.apply))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def _put_together(module: str, group: Mapping[str, Any], tensors: dict[str, np.n
     if not weights["symmetric"]:
         zero = take("weight_zero_point")
         zero = zero if zero.dtype == np.int8 else _unpacked(zero.T, bits, scale.shape[0]).T
-    static = inputs is not None and not inputs.get("dynamic")
+    static, shifted = inputs is not None and not inputs.get("dynamic"), inputs is not None and not inputs["symmetric"]
     return Quantized.from_codes(
         jnp.asarray(codes.T),
         jnp.asarray(np.reshape(scale, (scale.shape[0], -1)).T, jnp.float32),
@@ -188,9 +188,7 @@ def _put_together(module: str, group: Mapping[str, Any], tensors: dict[str, np.n
         group=None if size is None else (-2, size),
         activation_bits=None if inputs is None else inputs["num_bits"],
         input_scale=jnp.asarray(take("input_scale").reshape(1, 1)) if static else None,
-        input_zero_point=jnp.asarray(take("input_zero_point").reshape(1, 1))
-        if static and not inputs["symmetric"]
-        else None,
+        input_zero_point=jnp.asarray(take("input_zero_point").reshape(1, 1)) if static and shifted else None,
     )
 
 

@@ -235,6 +235,8 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
     shared = all(size == 1 for axis, size in enumerate(w.scale.shape) if axis != out_axis)
     if not (is_float(x) and shared and w.group is None and params["batch_group_count"] == 1):
         return NotImplemented
+    if w.input_scale is not None and w.input_scale.size > 1:
+        return NotImplemented
     out_dtype = params["preferred_element_type"] or x.dtype
     scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
     dims = Dims((), (), (), ())  # nothing is stacked here

@@ -76,8 +76,8 @@ def layer_costs(
             if evaluate is not None:
                 alone = jax.tree.unflatten(tree, [small[name] if n == name else x for n, x in leaves.items()])
                 values = float(np.mean([float(evaluate(alone, batch)) for batch in batches]))
-            weight = leaves[name].astype(jnp.float32)
-            error = weight - small[name].materialise().astype(jnp.float32)
+            weight = jnp.asarray(leaves[name], jnp.float32)
+            error = weight - jnp.asarray(small[name].materialise(), jnp.float32)
             in_weight = _decibel(float(jnp.sum(weight * weight)), float(jnp.sum(error * error)))
             rows[name, scheme_name] = LayerCost(
                 name, scheme_name, nbytes(small[name]), in_weight, _decibel(float(signal), float(off)), values

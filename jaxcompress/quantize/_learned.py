@@ -26,7 +26,8 @@ class Learned(Leaf):
     """A float weight with the steps that it and its inputs are rounded to, all of them trained.
 
     It stands in the tree of parameters where its weight stood, as a pytree of float arrays: gradients, optimizers and
-    checkpoints take it as it is. `compressed(fn)` rounds the weight, and the inputs where they meet it.
+    checkpoints take it as it is. Their paths end with `/weight`, `/step` and `/input_step`, for rules of sharding or
+    weight decay. `compressed(fn)` rounds the weight, and the inputs where they meet it.
     """
 
     weight: Float[Array, "*shape"]

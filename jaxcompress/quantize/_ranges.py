@@ -197,6 +197,8 @@ def input_ranges(
     }
     if not specs:
         raise ValueError("no rule asks for quantized inputs: give an Affine activation_bits")
+    if method.bins < 0 or method.bins % 2:
+        raise ValueError(f"a method's histogram has an even number of bins, which fold into magnitudes: {method}")
     measure = [(f"^{re.escape(name)}$", True) for name in specs]
     seen = input_values(fn, params, batches, measure, bins=method.bins, symmetric=symmetric)
     return {name: _chosen(method, seen[name], specs[name].activation_bits or 8, symmetric) for name in specs}

@@ -26,9 +26,10 @@ def rounded_by(
       UnmatchedRuleError, ValueError, TypeError: as `convert`; and for inputs that can't be measured.
     """
     leaves = named_leaves(params, is_leaf)
-    specs = dict(zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True))
+    matched = zip([name for name, _ in leaves], match(rules, [name for name, _ in leaves], None), strict=True)
+    specs = {name: spec for name, spec in matched if spec is not None}
     # their scales, zero points and forms are those of the result
-    nearest = {name: _nearest(name, x, specs[name]) for name, x in leaves if specs[name] is not None}
+    nearest = {name: _nearest(name, x, specs[name]) for name, x in leaves if name in specs}
     observer, batches = observer_for(fn, params, batches, list(nearest), gram=True)
     statistics = observer.measure(params, batches, list(nearest) if len(nearest) < len(observer.layouts) else None)
 

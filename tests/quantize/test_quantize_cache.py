@@ -41,7 +41,7 @@ def rounded(x, bits):
     return np.round(x / step) * step
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_attention_over_a_quantized_cache(bits, rng):
     """Against attention written down in NumPy, on keys and values that are rounded there."""
     tokens = jnp.asarray(rng.normal(size=(BATCH, LENGTH, 12)), jnp.float32)

@@ -126,7 +126,7 @@ def test_every_type_saves_and_restores(weight, tmp_path):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-45, 1.0, 3e4, -3e38])
+@pytest.mark.parametrize("value", [0.0, -3e38, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e-45, 1.0, 3e4))])
 def test_constant_channels_are_finite(value):
     w = jnp.full((40, 3), value, jnp.float32)
     for name, scheme in SCHEMES.items():

@@ -1,14 +1,17 @@
 """Learned steps: the papers' gradients, that they are used in training, and that integers follow."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax import lax
 from sklearn.datasets import load_digits
 
+import jaxcompress.nnx
 from jaxcompress import quantize
 from jaxcompress.arrays import Quantized, compressed, is_leaf, watch
 from jaxcompress.quantize import Affine, Range
@@ -116,6 +119,7 @@ def test_training_at_two_bits_beats_steps_that_follow_the_largest_weight(tmp_pat
     assert set(np.unique(small["a"]["kernel"].codes())) == {-2, -1, 0, 1}
 
 
+@pytest.mark.slow
 def test_convolutions_transposes_lookups_groups_and_stacks(rng):
     """Wherever a weight goes, what is trained is what the integers compute."""
     x = jnp.asarray(rng.normal(size=(2, 6, 6, 4)), jnp.float32)
@@ -149,6 +153,28 @@ def test_convolutions_transposes_lookups_groups_and_stacks(rng):
     grads = jax.jit(jax.grad(lambda p: jnp.sum(compressed(fn)(p, x) ** 2)))(learned)
     for g in jax.tree.leaves(grads):
         assert np.all(np.isfinite(g)) and np.any(g != 0)
+
+
+def test_linen_nnx_and_a_plain_function_are_the_same_beside_a_float_teacher(rng):
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(5, 6), (6, 3)])
+    params, rules = {"kernel": kernel, "bias": jnp.ones(3)}, {"kernel$": Affine(3, activation_bits=3)}
+    learned = quantize.learn(params, rules, {"kernel": Range(np.float32(-1), np.float32(1))})
+    module = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    apply, _, rest = jaxcompress.nnx.functional(module)
+    layer = nn.Dense(3)
+
+    @jax.jit
+    def run(learned, params, x):
+        plain = compressed(lambda p, x: x @ p["kernel"] + p["bias"])(learned, x)
+        linen = compressed(layer.apply)({"params": learned}, x)
+        teacher = layer.apply({"params": params}, x)
+        return plain, linen, compressed(apply)(learned, rest, x)[0], teacher
+
+    plain, linen, functional, teacher = run(learned, params, x)
+    np.testing.assert_allclose(linen, plain, rtol=1e-6)
+    np.testing.assert_allclose(functional, plain, rtol=1e-6)
+    np.testing.assert_allclose(teacher, x @ kernel + 1, rtol=1e-4, atol=1e-5)
+    assert float(jnp.max(jnp.abs(teacher - plain))) > 0.1
 
 
 def test_zero_weights_and_steps_that_cross_zero():

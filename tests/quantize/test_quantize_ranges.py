@@ -136,5 +136,7 @@ def test_refuses(rng):
             quantize.input_ranges(fn, {"w": w}, batches, {"w": SPEC})
     with pytest.raises(ValueError, match="not an iterator"):
         quantize.input_ranges(product, {"w": w}, iter([x]), {"w": SPEC}, Percentile())
+    with pytest.raises(ValueError, match="even number of bins"):
+        quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(bins=255))
     with pytest.raises(ValueError, match="percent"):
         Percentile(0)
