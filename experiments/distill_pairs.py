@@ -91,7 +91,7 @@ def main(config: Config) -> _results.Result:
 
     def standardised(logits: jax.Array, lesson: Lesson) -> jax.Array:
         apart = distill.standardized_soft_target_loss(logits, guidance(lesson), 2.0)
-        return (1 - c.alpha) * hard(logits, lesson) + c.alpha * 9 / 4 * apart  # the authors' weight 9, T^2 inside
+        return (1 - c.alpha) * hard(logits, lesson) + c.alpha * apart
 
     learn = learner(teacher, c.teacher, hard)
     variables = room.trained("teacher", teacher, lambda: learn("teacher", 0))
