@@ -2,7 +2,8 @@
 
 One teacher and one student of the resnet family, one initialisation and order of images a seed, one optimizer: only
 the term beside the labels' cross entropy differs. Weights are those of the literature's code where it has the method,
-else 1 or as soft targets have them; none was tuned here. The student sees the images as they are, so the teacher's logits and maps are computed once.
+else 1 or as soft targets have them; none was tuned here. The student sees the images as they are, so the teacher's
+logits and maps are computed once.
 """
 
 from collections.abc import Callable
