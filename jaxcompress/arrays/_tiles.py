@@ -6,6 +6,7 @@ cache, multiplies, and adds up; a gradient decodes again instead of keeping the 
 of what is summed, run at the same time: XLA gives one loop one core.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, Self, TypeVar
@@ -110,9 +111,9 @@ def _loops(
 
     shares = np.array_split(np.arange(w.shape[along] // part), LOOPS)
     js = jnp.arange(w.shape[across] // width)
-    columns = sum(lax.scan(column, jnp.asarray(steps), js)[1] for steps in shares if len(steps))
+    columns = [lax.scan(column, jnp.asarray(steps), js)[1] for steps in shares if len(steps)]
     axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
-    return _side_by_side(columns, axis)
+    return _side_by_side(functools.reduce(jnp.add, columns), axis)
 
 
 def _side_by_side(parts: Array, axis: int) -> Array:
