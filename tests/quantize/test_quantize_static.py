@@ -35,7 +35,7 @@ RANGES = {"symmetric": Range(np.float32(-2.0), np.float32(2.0)), "asymmetric": R
     ("kind", "bits"),
     [
         ("asymmetric", 8),
-        ("asymmetric", 16),
+        pytest.param("asymmetric", 16, marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [("symmetric", 8), ("symmetric", 16), ("asymmetric", 4)]
