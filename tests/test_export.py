@@ -50,6 +50,7 @@ def test_another_process_runs_it_with_any_batch(tmp_path: Path) -> None:
     np.testing.assert_allclose(export.load(tmp_path / "model.bin")(x[:2]), np.load(tmp_path / "out.npy")[:2], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sparse_weights_for_two_platforms(tmp_path: Path) -> None:
     params = {"w": jax.random.normal(jax.random.key(0), (16, 8))}
     sparse = prune.to_sparse(params, prune.choose(jax.tree.map(jnp.abs, params), {"w": 0.75}))

@@ -320,6 +320,7 @@ def test_nnx_under_jit_and_grad_through_remat_and_scan():
         nnx_wrappers.capture(model, "part$")(params, rest, X)
 
 
+@pytest.mark.slow
 def test_features_of_a_compressed_model():
     """Captured inside `compressed`, a compressed weight is met by its rule as in the plain run."""
     model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(3)])

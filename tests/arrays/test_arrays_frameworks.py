@@ -108,6 +108,7 @@ def test_linen_convolutions_batch_norm_and_dropout(rng):
 KERNELS_ONLY = {"kernel$": quantize.Affine()}
 
 
+@pytest.mark.slow
 def test_linen_recurrent_cell(rng):
     model, x = Recurrent(), jnp.asarray(rng.normal(size=(2, 5, 7)), jnp.float32)
     variables = model.init(jax.random.key(0), x)
@@ -115,6 +116,7 @@ def test_linen_recurrent_cell(rng):
     close(jax.jit(compressed(model.apply, strict=True))(small, x), model.apply(dense(small), x))
 
 
+@pytest.mark.slow
 def test_sparse_linen_model(rng):
     model, x = Convnet(), jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
     variables = model.init(jax.random.key(0), x)

@@ -77,7 +77,7 @@ def test_scale_along_the_contracted_axis_only():
     check(lambda x, w: x @ w, values((6, 12)), quantized((12, 10), axes=(-2,)))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_any_dot_general(data):
     """Any contracting and batch dimensions, on any rank, either side."""

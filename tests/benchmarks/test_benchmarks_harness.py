@@ -148,6 +148,7 @@ def test_names_are_registered_once_and_with_a_docstring():
         harness.REGISTRY.pop("test.once", None)
 
 
+@pytest.mark.slow
 def test_the_shared_mlp_is_what_it_says_and_learns():
     weights = mlp.params()
     assert sum(x.size for x in jax.tree.leaves(weights)) == 784 * 1024 + 2 * 1024**2 + 10240 + 3 * 1024 + 10

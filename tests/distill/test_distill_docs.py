@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE, re.M | re.S)
 
 
+@pytest.mark.slow
 def test_the_guide_runs_as_it_stands(tmp_path):
     """Every student it makes knows the digits, and the exported one is the student alone."""
     program = "\n".join([*BLOCKS, 'print(*sorted(pack.load("student.jxc")))'])

@@ -165,6 +165,7 @@ def test_margin_relu_lets_the_student_be_more_negative():
     np.testing.assert_allclose(distill.margin_relu_loss(np.array([[1.0, 0.5]], "float32"), teacher, margin), 1 + 1)
 
 
+@pytest.mark.slow
 def test_expected_margin_is_the_mean_of_negative_draws(rng):
     scale, bias = np.array([1.0, -2.0, 0.5, 0.1], "float32"), np.array([0.0, 1.0, -1.0, 5.0], "float32")
     got = np.asarray(distill.expected_margin(scale, bias))

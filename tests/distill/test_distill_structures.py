@@ -167,6 +167,7 @@ def test_sequence_level_student_learns_the_teachers_mode():
     np.testing.assert_array_equal(copied.tokens, sequences.tokens)
 
 
+@pytest.mark.slow
 def test_on_policy_student_reaches_the_teacher_where_it_goes():
     """The student learns from its own samples, scored by the teacher; no gradient passes through the sampling."""
     teacher = jnp.log(jnp.asarray(TRANSITIONS, jnp.float32) + 1e-3)

@@ -112,6 +112,7 @@ print("done")
     assert output(python(code, str(digits_dir))) == "done\n"
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once(tmp_path):
     code = "import sys, experiments.data as d; print(d.load('digits', sys.argv[1]).records())"
     outputs = [output(process) for process in [python(code, str(tmp_path)) for _ in range(2)]]

@@ -223,6 +223,7 @@ def test_bert_does_not_see_padding():
     assert float(jnp.abs(a.pooled - run(variables, tokens.at[:, 2].set(1), mask).pooled).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_cost_of_tinybert(tmp_path):
     for part in ("train", "dev"):
         (tmp_path / f"{part}.tsv").write_text("a fine film\t1\nno tab , but words\t0\n")
@@ -250,6 +251,7 @@ def test_the_table_of_hinton(tmp_path):
     assert float(choice.chosen) == corrected["offset"].mean and len(choice.scores) == len(distill_mnist.OFFSETS)
 
 
+@pytest.mark.slow
 def test_soft_targets_flatten_with_the_temperature(tmp_path):
     config = dataclasses.replace(distill_why.SHORT, out=tmp_path, parts=("targets",))
     (result,) = distill_why.main(config)

@@ -142,6 +142,7 @@ def test_in_an_nnx_optimizer() -> None:
     np.testing.assert_array_equal(np.asarray(model.kernel[...])[~mask], 0)
 
 
+@pytest.mark.slow
 def test_with_linen_variables() -> None:
     model = nn.Dense(16)
     variables = model.init(jax.random.key(0), jnp.ones((1, 24)))

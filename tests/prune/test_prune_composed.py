@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from jaxcompress import compressed, distill, nbytes, prune, quantize
 
 
-@pytest.mark.parametrize("kind", ["chain", "around"])
+@pytest.mark.parametrize("kind", [pytest.param("chain", marks=pytest.mark.slow), "around"])
 def test_one_step_of_all_three(kind: str) -> None:
     """On real digits the student learns from the teacher alone, at 80 % sparsity; its int8 form is what was trained."""
     images, labels = (jnp.asarray(x) for x in load_digits(return_X_y=True))

@@ -24,6 +24,7 @@ def test_erk_shares_out_the_sparsity(sparsity: float) -> None:
     assert len(scales) >= (1 if sparsity == 0.5 else 2)
 
 
+@pytest.mark.slow
 def test_erk_makes_rules_for_sparsify() -> None:
     params = jax.tree.map(lambda x: jnp.ones(x.shape), PARAMS)
     rules = prune.erk(params, [("head", False), ("kernel$", True)], 0.9)

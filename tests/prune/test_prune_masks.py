@@ -112,6 +112,7 @@ def test_orbax_restores_masks_with_their_sharding(tmp_path) -> None:
     assert int(restored[1].step) == 3
 
 
+@pytest.mark.slow
 def test_sparse_leaves_hold_the_kept_weights() -> None:
     params, state, _ = trained(optax.chain(optax.adam(1e-2), SPARSIFY))
     sparse = prune.to_sparse(params, state)

@@ -49,6 +49,7 @@ def test_rigl_by_sorting() -> None:
         np.testing.assert_array_equal(np.asarray(new["w"])[after & ~before], 0)
 
 
+@pytest.mark.slow
 def test_random_growth_takes_any() -> None:
     """SET: over many changes every pruned weight is as likely to come in, whatever its gradient."""
     tx = prune.rewire({"w": 0.5}, key=KEY, end=400, every=1, fraction=0.5, grow=prune.at_random)
@@ -64,6 +65,7 @@ def test_random_growth_takes_any() -> None:
     assert came.sum() > 500 and flat[:32].sum() / came.sum() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_blocks_and_layers_of_a_stack() -> None:
     rules = {"blocks": prune.Blocks(0.75, (4, 4)), "stack": prune.Unstructured(0.9, stack=1)}
     params = {"blocks": weights()["w"], "stack": jax.random.normal(KEY, (3, 20, 10)), "other": jnp.ones(3)}

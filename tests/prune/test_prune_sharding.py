@@ -67,6 +67,7 @@ def test_only_scalars_travel(kind: AxisType) -> None:
     assert all(op == "all-reduce" and elements == 1 for op, elements in found), found
 
 
+@pytest.mark.slow
 def test_rewiring_moves_only_scalars_too() -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     sharded = jax.device_put(parameters(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})

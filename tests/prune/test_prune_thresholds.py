@@ -44,6 +44,7 @@ def test_a_scope_may_empty_a_layer_if_asked() -> None:
     assert not masks["w2"].any()
 
 
+@pytest.mark.slow
 def test_two_scopes_and_a_layer_alone() -> None:
     params = weights() | {"x": 100 * weights()["w0"], "y": 1e-3 * weights()["w0"]}
     rules = {"w": prune.Unstructured(0.5, scope="w"), "x": prune.Unstructured(0.25, scope="x"), "y": 0.75}

@@ -115,6 +115,7 @@ def test_levels_of_whole_neurons():
     assert last.masks["Dense_1"]["kernel"] is None
 
 
+@pytest.mark.slow
 def test_a_stack_of_networks_is_pruned_each_on_its_own():
     stack = jax.vmap(init)(jax.random.split(jax.random.key(3), 3))
     levels = tickets.levels({"kernel$": 0.5}, 1, lambda s: prune.Unstructured(s, stack=1))
@@ -188,6 +189,7 @@ def test_treatments_leave_unmasked_weights_unless_all_is_drawn_anew():
         np.testing.assert_array_equal(start["Dense_1"]["bias"], 0 if name == "reinitialise" else 1)
 
 
+@pytest.mark.slow
 def test_treatments_and_criteria_run_under_jit_and_vmap():
     def both(key):
         first = init(key)
@@ -207,6 +209,7 @@ def over_four_devices(tree: dict) -> dict:
     return jax.tree.map(lambda x: jax.device_put(x, place[x.ndim]), tree)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_masks_and_starts():
     first, last = over_four_devices(INITIAL), over_four_devices(FINAL)
     masks = tickets.by_criterion("magnitude_increase", first, last, RULES, within=over_four_devices(EARLIER))
@@ -219,6 +222,7 @@ def test_a_mesh_gives_the_same_masks_and_starts():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), here, there)
 
 
+@pytest.mark.slow
 def test_edge_popup_keeps_the_top_scores_and_passes_gradients_through():
     scores = tickets.popup_scores(INITIAL, RULES, jax.random.key(2))
     assert scores["Dense_0"]["bias"] is None

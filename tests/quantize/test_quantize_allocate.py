@@ -22,6 +22,7 @@ def loss(p, x):
     return jnp.mean((fn(p, x) - 1) ** 2)
 
 
+@pytest.mark.slow
 def test_costs_are_what_they_say(rng):
     params = {
         "a": jnp.asarray(rng.normal(size=(16, 12)), jnp.float32),

@@ -52,6 +52,7 @@ def test_the_same_function_rounded_better(spec, trained):
     assert errors[0] < 0.95 * errors[1]
 
 
+@pytest.mark.slow
 def test_by_itself_no_layer_gets_worse_and_silence_is_left_alone(rng):
     w, x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), jnp.asarray(rng.normal(size=(40, 6)), jnp.float32)
     x = x.at[:, 2].set(0)

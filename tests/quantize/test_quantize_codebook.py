@@ -107,6 +107,7 @@ def test_codebooks_per_layer_and_per_channel(axes: tuple[int, ...]) -> None:
     assert jnp.mean((leaf.materialise() - weight) ** 2) <= jnp.mean((everything.materialise() - weight) ** 2) + 1e-9
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_zero_while_centroids_learn() -> None:
     weight = jax.random.normal(jax.random.key(0), (16, 8))
     weight = jnp.where(prune.choose({"w": jnp.abs(weight)}, {"w": 0.6})["w"], weight, 0.0)
@@ -142,6 +143,7 @@ def test_binary_and_ternary_closed_forms() -> None:
     assert jnp.sum((signed.materialise() - weight) ** 2) <= jnp.sum((ternary.materialise() - weight) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [quantize.Binary(), quantize.Ternary(), quantize.Ternary(signed=True, axes=(-1,))])
 def test_training_under_two_or_three_values(scheme: quantize.Binary | quantize.Ternary) -> None:
     """The forward pass is the converted one, gradients are those of the values, and a step of training helps."""

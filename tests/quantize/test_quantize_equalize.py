@@ -50,6 +50,7 @@ def convolutions(p, x):
     return y.reshape(x.shape[0], -1) @ p["c"]
 
 
+@pytest.mark.slow
 def test_equalisation_ends_where_both_sides_are_alike(rng):
     spread = jnp.exp(2 * normal(rng, 6))
     params = {

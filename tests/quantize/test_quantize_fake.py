@@ -130,6 +130,7 @@ def test_tied_embedding(rng):
     np.testing.assert_allclose(attended, rounded(x, axis=1) @ table.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_recurrent_cell(rng):
     """The same weight in every step of a scan, rounded once and the same."""
     model, x = nn.RNN(nn.LSTMCell(6)), jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)

@@ -65,6 +65,7 @@ def test_the_same_function_with_norms_that_only_shift(scaled, rng):
         np.testing.assert_allclose(left, 1 if folded else factor, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_nnx_and_plain_functions(rng):
     class Small(nnx.Module):
         def __init__(self, rngs):

@@ -69,6 +69,7 @@ def loss_of(apply, p, x, labels):
     return optax.softmax_cross_entropy_with_integer_labels(apply(p, x), labels).mean()
 
 
+@pytest.mark.slow
 def test_training_at_two_bits_beats_steps_that_follow_the_largest_weight(tmp_path):
     """Two bits for weights and inputs. The leaves train, save and restore like any parameters, and become integers."""
     x, labels = digits()

@@ -129,6 +129,7 @@ def test_a_full_store_gives_the_live_runs_parameters_bit_for_bit(full, live):
     assert np.abs(unaugmented - live).max() > 1e-2  # the seed matters
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_within_its_bound(tmp_path, full, live):
     """Of the gradient and of the cross-entropy, on every digit, at several temperatures; and near on the whole run."""
     small = targets.build(tmp_path, predict, to_build(), **WHO, dtype="bfloat16")
@@ -190,6 +191,7 @@ def test_top_k_is_short_of_the_full_loss_by_the_tails_divergence(tmp_path, full,
         few.logits(examples)
 
 
+@pytest.mark.slow
 def test_float32_top_k_is_what_top_k_targets_gives(tmp_path, full):
     """All classes kept leave no tail, and the loss is the full one's."""
     for k in (2, 10):

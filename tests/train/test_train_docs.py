@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.M | re.S)
 
 REPORT = 'print("steps taken:", int(state.step))'
 
 
+@pytest.mark.slow
 def test_the_guide_runs_as_it_stands(tmp_path):
     """All of it in one process, as one host of one, on two devices; `test_train_processes.py` runs two hosts."""
     model, losses, loop, first, rows = BLOCKS

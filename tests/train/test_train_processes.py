@@ -47,6 +47,7 @@ def run_processes(count, *arguments, timeout=300):
         assert process.returncode == 0, output[-4000:]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """Each feeds half of every batch, both save and resume; dropout and batch statistics are those of the whole."""
     run_processes(2, tmp_path / "checkpoints", tmp_path / "two")

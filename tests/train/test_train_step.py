@@ -44,7 +44,10 @@ def alone():
 
 @pytest.mark.parametrize(
     ("axes", "rules", "teacher_rules"),
-    [({"data": 8}, [], []), ({"data": 4, "model": 2}, MODEL_RULES, TEACHER_RULES)],
+    [
+        pytest.param({"data": 8}, [], [], marks=pytest.mark.slow),
+        ({"data": 4, "model": 2}, MODEL_RULES, TEACHER_RULES),
+    ],
     ids=["data", "data x model"],
 )
 def test_eight_devices_give_what_one_gives(axes, rules, teacher_rules, alone):
@@ -259,6 +262,7 @@ class NnxStudent(nnx.Module):
         return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x.reshape(len(x), -1))))))
 
 
+@pytest.mark.slow
 def test_an_nnx_student():
     graph, params, rest = nnx.split(NnxStudent(nnx.Rngs(0)), nnx.Param, ...)
     tx = optax.adam(1e-2)

@@ -89,7 +89,8 @@ def collectives(program):
     return moved
 
 
-@pytest.mark.parametrize("sizes", [LONG, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["long", "large"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [LONG, LARGE], ids=["long", "large"])
 def test_data_parallel(sizes, chips):
     """Only the gradient travels; the teacher adds nothing to that, and to memory no more than its layers' outputs."""
     rows, gradient = sizes.batch // 8, LAYERS * sizes.width**2 * 4

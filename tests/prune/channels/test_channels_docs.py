@@ -8,6 +8,7 @@ import pytest
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "channels.md"
 
 
+@pytest.mark.slow
 def test_the_guide_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
     scope: dict = {}

@@ -58,6 +58,7 @@ def test_activations_inside_a_scan_with_remat():
     np.testing.assert_allclose(found[group.name], (np.mean(read, 0) + np.abs(h).mean(0)) / 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_group_lasso_is_the_gradient_of_the_norms_of_whole_units():
     fn, params = mlp()
     params["a"] = params["a"].at[:, 2].set(0)
