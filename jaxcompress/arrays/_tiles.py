@@ -2,18 +2,15 @@
 
 XLA fuses the decoding of a weight into a product on GPU and TPU. On a CPU it does not: it writes the whole float weight
 to memory first, and a product that should read a byte a weight moves nine. Here a loop decodes a tile that fits the
-cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles. Two such loops, each over half
-of what is summed, run at the same time: XLA gives one loop one core.
+cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -23,8 +20,7 @@ W = TypeVar("W", bound="Tileable")
 
 TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
 WIDTH = 1 << 10  # of them along the output
-FEW, WIDE = 8, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
-LOOPS = 2
+FEW, WIDE = 4, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
 WORTH = 1 << 18  # smaller weights are decoded whole
 
 
@@ -100,20 +96,18 @@ def _loops(
 ) -> Array:
     x_axis = dims.x_contract[dims.w_contract.index(along)]
 
-    def column(steps: Array, j: Array) -> tuple[Array, Array]:
+    def column(_: None, j: Array) -> tuple[None, Array]:
         def at(i: Array) -> Array:
             here = w.tile(along, i * part, part).tile(across, j * width, width)
             return product(lax.dynamic_slice_in_dim(x, i * part, part, x_axis), here)
 
         first, again = jax.eval_shape(at, jnp.int32(0)), jax.checkpoint(at, prevent_cse=False)
-        zeros = jnp.zeros(first.shape, first.dtype)
-        return steps, lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
+        zeros, steps = jnp.zeros(first.shape, first.dtype), jnp.arange(w.shape[along] // part)
+        return None, lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
 
-    shares = np.array_split(np.arange(w.shape[along] // part), LOOPS)
-    js = jnp.arange(w.shape[across] // width)
-    columns = [lax.scan(column, jnp.asarray(steps), js)[1] for steps in shares if len(steps)]
+    _, columns = lax.scan(column, None, jnp.arange(w.shape[across] // width))
     axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
-    return _side_by_side(functools.reduce(jnp.add, columns), axis)
+    return _side_by_side(columns, axis)
 
 
 def _side_by_side(parts: Array, axis: int) -> Array:
