@@ -94,7 +94,7 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             whole=lambda: _dot_columns(
                 lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params
             ),
-            rows=32,
+            rows=8,
             depth=1 << 10,
         )
 
