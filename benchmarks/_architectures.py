@@ -147,7 +147,10 @@ def llama(
 ) -> Model:
     """A decoder with rotary positions and grouped queries, its layers written out; by default 8B parameters."""
     width = d // q_heads
-    s = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+    def s(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     block = {"n1": s(d), "q": s(d, d), "k": s(d, kv_heads * width), "v": s(d, kv_heads * width), "o": s(d, d)}
     block |= {"n2": s(d), "gate": s(d, wide), "up": s(d, wide), "down": s(wide, d)}
     p = {

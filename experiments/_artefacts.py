@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from experiments._splits import Split
 from jaxcompress import report
 from jaxcompress.arrays import compressed
-from jaxcompress.paths import named_leaves
+from jaxcompress.paths import named_leaves, with_leaves
 
 NOISE = 0.2  # standard deviation of the Gaussian noise on inputs in [0, 1], for robustness
 
@@ -31,7 +31,7 @@ def save_plain(path: Path, variables: Any) -> int:
 def load_plain(path: Path, like: Any) -> Any:
     """The tree that `save_plain` wrote, in the structure of `like`."""
     arrays = load_file(path)
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name, _ in named_leaves(like)])
+    return with_leaves(like, [jnp.asarray(arrays[name]) for name, _ in named_leaves(like)])
 
 
 def classifier(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:

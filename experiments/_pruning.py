@@ -22,7 +22,7 @@ from experiments import _results
 from experiments._selection import Choice, select
 from experiments.data import Dataset, load
 from jaxcompress import prune
-from jaxcompress.paths import named_leaves
+from jaxcompress.paths import named_leaves, with_leaves
 
 T = TypeVar("T")
 Params = Any
@@ -261,7 +261,7 @@ def completed(masks: Any, params: Params) -> Any:
     """Masks of every parameter: True where none was chosen, so that all arms have one structure."""
     given = dict(named_leaves(masks))
     leaves = [given.get(name, jnp.ones(x.shape, bool)) for name, x in named_leaves(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return with_leaves(params, leaves)
 
 
 def coupled(masks: Any, layers: Sequence[str]) -> Any:

@@ -20,7 +20,7 @@ from experiments._pruning import Lab, Strided, command, held, sgd, write
 from experiments._results import Column, Row
 from experiments.data import load
 from jaxcompress import prune
-from jaxcompress.paths import match, named_leaves
+from jaxcompress.paths import match, named_leaves, with_leaves
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def scaled(params: Any, rules: Any) -> Any:
     named = named_leaves(params)
     found = match(rules, [name for name, _ in named], None)
     leaves = [x if p is None else x / (1 - p.sparsity) ** 0.5 for (_, x), p in zip(named, found, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return with_leaves(params, leaves)
 
 
 def main(config: Config) -> _results.Result:

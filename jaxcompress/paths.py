@@ -11,7 +11,7 @@ would otherwise leave a model quietly uncompressed.
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -35,6 +35,11 @@ def path_name(path: Sequence[Any]) -> str:
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """Every leaf of `tree` with its name, in tree order."""
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+
+
+def with_leaves(tree: Any, leaves: Iterable[Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """A tree like `tree` with these leaves, in the order of `named_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_leaf), leaves)
 
 
 def match(rules: Rules[T], names: Sequence[str], default: T) -> list[T]:
@@ -74,7 +79,7 @@ def assign(rules: Rules[T], tree: Any, default: Any = None, is_leaf: Callable[[A
     side by side, or `named_leaves` and `match` for flat lists.
     """
     names = [name for name, _ in named_leaves(tree, is_leaf)]
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_leaf), match(rules, names, default))
+    return with_leaves(tree, match(rules, names, default), is_leaf)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

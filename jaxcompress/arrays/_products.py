@@ -15,6 +15,16 @@ from jaxcompress.arrays._leaf import Leaf, register
 
 Product = Callable[..., Any]
 
+ON_THE_WAY = (
+    lax.transpose_p,
+    lax.reshape_p,
+    lax.squeeze_p,
+    lax.rev_p,
+    lax.convert_element_type_p,
+    primitives.sharding_constraint_p,
+)
+"""What a weight may meet before a product and still be that weight: another shape or dtype."""
+
 
 class Dims(NamedTuple):
     """The dimension numbers of a product of an input `x` and a weight `w`, with the input on the left."""

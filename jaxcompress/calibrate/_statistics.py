@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from jaxcompress.arrays import compressed, is_leaf
 from jaxcompress.calibrate._layout import Layout
 from jaxcompress.calibrate._observed import Observed, Uses, log
-from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.calibrate._watched import chosen_weights
+from jaxcompress.paths import Rules, named_leaves, with_leaves
 
 _tokens = itertools.count(1)
 _REASONS = (
@@ -94,10 +95,7 @@ class InputObserver:
     ) -> None:
         """Finds where weights are used, for a batch like `batch`; see `input_statistics`."""
         leaves = named_leaves(params, is_leaf)
-        chosen = match(rules, [name for name, _ in leaves], None)
-        names = [
-            name for (name, _), value in zip(leaves, chosen, strict=True) if value is not None and value is not False
-        ]
+        names = chosen_weights(params, rules)
         for name, x in leaves:
             if name in names and (is_leaf(x) or not jnp.issubdtype(jnp.result_type(x), jnp.floating)):
                 kind = type(x).__name__ if is_leaf(x) else jnp.result_type(x)
@@ -182,7 +180,7 @@ def _viewed(params: Any, views: dict[str, tuple[Any, ...]], token: int) -> Any:
         return Observed(x, sums, rows, wanted, name=name, token=token, whole=tuple(x.shape))
 
     leaves = [view(name, x) for name, x in named_leaves(params, is_leaf)]
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), leaves)
+    return with_leaves(params, leaves, is_leaf)
 
 
 def _found(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[str]) -> dict[str, Layout]:

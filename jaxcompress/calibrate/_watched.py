@@ -24,8 +24,8 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress import features
 from jaxcompress.arrays import Leaf, compressed, is_leaf, register
-from jaxcompress.arrays._products import Dims, free_axes, is_float, register_product
-from jaxcompress.paths import Rules, UnmatchedRuleError, match, named_leaves
+from jaxcompress.arrays._products import ON_THE_WAY, Dims, free_axes, is_float, register_product
+from jaxcompress.paths import Rules, UnmatchedRuleError, match, named_leaves, with_leaves
 
 _PREFIX = "jaxcompress.calibrate:"
 _tokens = itertools.count(1)
@@ -157,16 +157,7 @@ def _still_a_weight(primitive: Any) -> None:
         return dataclasses.replace(w, inner=inner, beside=beside, whole=whole)
 
 
-for _primitive in (
-    lax.transpose_p,
-    lax.reshape_p,
-    lax.squeeze_p,
-    lax.rev_p,
-    lax.broadcast_in_dim_p,
-    lax.convert_element_type_p,
-    primitives.copy_p,
-    primitives.sharding_constraint_p,
-):
+for _primitive in (*ON_THE_WAY, lax.broadcast_in_dim_p, primitives.copy_p):
     _still_a_weight(_primitive)
 
 
@@ -197,7 +188,7 @@ class Watcher:
             extra = others.get(name), None if bounds is None else bounds[name]
             return Watched(x, *extra, self._kind, self._names.index(name), len(x.shape), token, bins=self._bins)
 
-        views = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [view(name, x) for name, x in leaves])
+        views = with_leaves(params, [view(name, x) for name, x in leaves], is_leaf)
         try:
             _, found = features.capture(compressed(self._fn), f"^{_PREFIX}")(views, batch)
         except UnmatchedRuleError:

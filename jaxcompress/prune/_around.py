@@ -74,4 +74,4 @@ def _cleared(state: Any, where: dict[str, jax.Array]) -> Any:
         return jnp.where(mask, jnp.zeros_like(x), x)
 
     leaves = [clear(name, x) for name, x in paths.named_leaves(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return paths.with_leaves(state, leaves)

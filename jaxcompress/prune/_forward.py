@@ -91,4 +91,4 @@ def thresholded(params: Any, thresholds: dict[str, jax.Array]) -> Any:
         soft_threshold(x, jax.nn.sigmoid(thresholds[name]).astype(x.dtype)) if name in thresholds else x
         for name, x in named
     ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return paths.with_leaves(params, leaves)

@@ -93,7 +93,7 @@ def to_sparse(tree: Any, state: Any, stacked: paths.Rules[int] | None = None) ->
         Sparse.from_dense(x, kept[name], stacked=depth) if name in kept else x
         for (name, x), depth in zip(leaves, depths, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(tree), converted)
+    return paths.with_leaves(tree, converted)
 
 
 def threshold(tree: Any, part: float, score: Score = magnitude) -> jax.Array:
@@ -161,7 +161,7 @@ def map_masked(fn: Callable[[jax.Array, jax.Array], jax.Array], tree: Any, kept:
                 f"the mask of {name!r} has shape {kept[name].shape}, but the tree's leaf has {jnp.shape(x)}"
             )
     leaves = [fn(x, kept[name]) if name in kept else x for name, x in named]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return paths.with_leaves(tree, leaves)
 
 
 def _part(zeros: int, size: int) -> float:

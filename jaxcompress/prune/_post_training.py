@@ -173,14 +173,12 @@ def _pruned(
     masks: dict[str, Array] = {}
     for names in _rounds(order, sequential if in_steps else False):
         only = names if len(names) < len(observer.layouts) else None
-        statistics = observer.measure(_like(params, leaves.values()), batches, only)
+        statistics = observer.measure(paths.with_leaves(params, leaves.values()), batches, only)
         for name in names:
             leaves[name], masks[name] = prune_one(name, leaves[name], statistics.pop(name), patterns[name])
-    return Pruned(_like(params, leaves.values()), _like(params, [masks.get(name) for name in leaves]))
-
-
-def _like(tree: Any, leaves: Iterable[Any]) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return Pruned(
+        paths.with_leaves(params, leaves.values()), paths.with_leaves(params, [masks.get(name) for name in leaves])
+    )
 
 
 def _rounds(names: list[str], sequential: bool | Sequence[str]) -> list[list[str]]:

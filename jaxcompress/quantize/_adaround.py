@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, in_place
 from jaxcompress.paths import Rules
-from jaxcompress.quantize._affine import Affine, _grid, _spread
-from jaxcompress.quantize._rounding import rounded_by
+from jaxcompress.quantize._affine import Affine
+from jaxcompress.quantize._rounding import matrix_grid, rounded_by
 
 _LOW, _HIGH = -0.1, 1.1  # the stretched sigmoid's ends (Louizos et al. 2018)
 
@@ -74,14 +74,8 @@ def _rounded(
     steps: int,
 ) -> Float[Array, "*shape"]:
     """The integer codes, as floats."""
-    scale, zero = _grid(weight, spec)
-    zero = jnp.zeros_like(scale) if zero is None else zero
     low, high = spec.limits
-
-    def wide(per_block: Array) -> Array:  # a number for each weight
-        return layout.matrices(jnp.broadcast_to(_spread(per_block, weight.shape, spec), weight.shape))
-
-    matrices, step, middle = layout.matrices(weight.astype(jnp.float32)), wide(scale), wide(zero)
+    matrices, (step, middle) = layout.matrices(weight.astype(jnp.float32)), matrix_grid(weight, spec, layout)
     exact = matrices / step + middle
     below = jnp.floor(exact)
     energy = jnp.mean(jnp.diagonal(gram, axis1=1, axis2=2), axis=1)[:, None, None]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
-from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, multiplied, shared_channels
 
@@ -88,7 +88,7 @@ def awq(
             points=points,
         )
         move_scale(leaves, front, {name: s.layout for name, s in zip(weights, seen, strict=True)}, scale)
-    scaled = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), list(leaves.values()))
+    scaled = with_leaves(params, list(leaves.values()), is_leaf)
     check_same(fn, params, scaled, first, tolerance)
     return scaled
 

@@ -2,11 +2,10 @@
 
 from typing import Any, Protocol
 
-import jax
 from jaxtyping import Array
 
 from jaxcompress.arrays import Leaf, is_leaf
-from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 
 
 class Scheme(Protocol):
@@ -31,7 +30,7 @@ def convert(params: Any, rules: Rules[Scheme | None]) -> Any:
         leaf if scheme is None else converted_leaf(name, leaf, scheme)
         for (name, leaf), scheme in zip(leaves, schemes, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), converted)
+    return with_leaves(params, converted, is_leaf)
 
 
 def converted_leaf(name: str, weight: Array, scheme: Scheme) -> Leaf:

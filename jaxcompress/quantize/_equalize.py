@@ -4,14 +4,13 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.calibrate._watched import Watcher, measured
-from jaxcompress.paths import named_leaves
+from jaxcompress.paths import named_leaves, with_leaves
 from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, shared_channels
 
 
@@ -118,7 +117,7 @@ def _laid(
 
 
 def _checked(fn: Callable[[Any, Any], Any], params: Any, leaves: Any, batch: Any, tolerance: float) -> Any:
-    scaled = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), list(leaves.values()))
+    scaled = with_leaves(params, list(leaves.values()), is_leaf)
     check_same(fn, params, scaled, batch, tolerance)
     return scaled
 

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays import Leaf, compressed, is_leaf, quantize_input, register
 from jaxcompress.arrays._inputs import along_input, input_limits, reshaped_input
-from jaxcompress.arrays._products import Dims
-from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.arrays._products import ON_THE_WAY, Dims
+from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._convert import Scheme
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
@@ -64,7 +63,7 @@ def fake(
             _view(name, x, spec, None if ranges is None else ranges.get(name))
             for (name, x), spec in zip(leaves, specs, strict=True)
         ]
-        viewed = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), views)
+        viewed = with_leaves(params, views, is_leaf)
         return compressed(fn)(viewed, *rest, **kwargs)  # type: ignore[arg-type]
 
     return run
@@ -193,14 +192,7 @@ def _still_a_weight(primitive: Any) -> None:
         )
 
 
-for _primitive in (
-    lax.transpose_p,
-    lax.reshape_p,
-    lax.squeeze_p,
-    lax.rev_p,
-    lax.convert_element_type_p,
-    primitives.sharding_constraint_p,
-):
+for _primitive in ON_THE_WAY:
     _still_a_weight(_primitive)
 
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxcompress.arrays import is_leaf
-from jaxcompress.paths import named_leaves
+from jaxcompress.paths import named_leaves, with_leaves
 from jaxcompress.quantize._chains import Chain, chains
 from jaxcompress.quantize._scaling import check_same
 
@@ -47,7 +46,7 @@ def fold(fn: Callable[[Any, Any], Any], params: Any, batch: Any, *, tolerance: f
             "nothing to fold: no kernel's product is scaled, channel by channel, by parameters alone (is the function "
             "the one that uses running averages? are its layers in a scan?)"
         )
-    out = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), list((leaves | changed).values()))
+    out = with_leaves(params, list((leaves | changed).values()), is_leaf)
     check_same(fn, params, out, batch, tolerance)
     return out
 

@@ -19,8 +19,8 @@ from jaxcompress.calibrate import (
     inverse_factor,
 )
 from jaxcompress.paths import Rules
-from jaxcompress.quantize._affine import Affine, _grid, _spread
-from jaxcompress.quantize._rounding import rounded_by
+from jaxcompress.quantize._affine import Affine
+from jaxcompress.quantize._rounding import matrix_grid, rounded_by
 
 
 def gptq(
@@ -84,12 +84,7 @@ def _gptq(
     by_energy: bool,
 ) -> Float[Array, "*shape"]:
     """The integer codes, as floats; not finite if the damping is too small."""
-    scale, zero = _grid(weight, spec)
-    zero = jnp.zeros_like(scale) if zero is None else zero
     low, high = spec.limits
-
-    def wide(per_block: Array) -> Array:  # a number for each weight: any grid fits any order of inputs
-        return layout.matrices(jnp.broadcast_to(_spread(per_block, weight.shape, spec), weight.shape))
 
     def round_matrix(matrix: Array, gram: Array, scale: Array, zero: Array) -> Array:
         inputs = matrix.shape[0]
@@ -109,6 +104,5 @@ def _gptq(
         codes = jnp.round(final / scale) + zero
         return codes[jnp.argsort(order)]
 
-    return layout.weight(
-        jax.vmap(round_matrix)(layout.matrices(weight.astype(jnp.float32)), gram, wide(scale), wide(zero))
-    )
+    steps, zeros = matrix_grid(weight, spec, layout)
+    return layout.weight(jax.vmap(round_matrix)(layout.matrices(weight.astype(jnp.float32)), gram, steps, zeros))

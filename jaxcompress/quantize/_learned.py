@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxcompress.arrays import Leaf, Quantized, compressed, is_leaf, register
 from jaxcompress.arrays._inputs import input_limits
-from jaxcompress.paths import Rules, match, named_leaves
+from jaxcompress.arrays._products import ON_THE_WAY
+from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, _over_blocks, _spread, check_float
 from jaxcompress.quantize._fake import FakeQuantized
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
@@ -132,7 +132,7 @@ def learn(
         x if spec is None else _learned(name, x, spec, None if ranges is None else ranges.get(name), inputs)
         for (name, x), spec in zip(leaves, specs, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), made)
+    return with_leaves(params, made, is_leaf)
 
 
 def settle(params: Any) -> Any:
@@ -199,15 +199,5 @@ def _as_its_view(primitive: Any) -> None:
             return run(params, w, x)
 
 
-for _primitive in (
-    lax.dot_general_p,
-    lax.conv_general_dilated_p,
-    lax.gather_p,
-    lax.transpose_p,
-    lax.reshape_p,
-    lax.squeeze_p,
-    lax.rev_p,
-    lax.convert_element_type_p,
-    primitives.sharding_constraint_p,
-):
+for _primitive in (lax.dot_general_p, lax.conv_general_dilated_p, lax.gather_p, *ON_THE_WAY):
     _as_its_view(_primitive)

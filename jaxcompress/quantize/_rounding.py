@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcompress.arrays import Quantized, is_leaf
-from jaxcompress.calibrate import InputObserver, InputStatistics, observer_for
-from jaxcompress.paths import Rules, match, named_leaves
-from jaxcompress.quantize._affine import Affine
+from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, observer_for
+from jaxcompress.paths import Rules, match, named_leaves, with_leaves
+from jaxcompress.quantize._affine import Affine, _grid, _spread
 from jaxcompress.quantize._convert import converted_leaf
 
 
@@ -47,7 +47,19 @@ def rounded_by(
             activation_bits=grid.activation_bits,
         )
 
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [converted(name, x) for name, x in leaves])
+    return with_leaves(params, [converted(name, x) for name, x in leaves], is_leaf)
+
+
+def matrix_grid(weight: Array, spec: Affine, layout: Layout) -> tuple[Array, Array]:
+    """Of each weight its step and zero point (0 where the grid has none), as `layout.matrices`.
+
+    One for each: so any grid fits any order of inputs.
+    """
+    scale, zero = _grid(weight, spec)
+    zero = jnp.zeros_like(scale) if zero is None else zero
+    wide = (jnp.broadcast_to(_spread(per_block, weight.shape, spec), weight.shape) for per_block in (scale, zero))
+    steps, zeros = map(layout.matrices, wide)
+    return steps, zeros
 
 
 def _nearest(name: str, weight: Any, spec: Any) -> Quantized:

@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from jaxcompress.arrays import Quantized, is_leaf
-from jaxcompress.paths import named_leaves
+from jaxcompress.paths import named_leaves, with_leaves
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
 
 
@@ -32,4 +30,4 @@ def static(params: Any, ranges: Mapping[str, Range]) -> Any:
         step, zero_point = steps_of(name, ranges[name], len(x.shape), x.activation_bits)
         return dataclasses.replace(x, input_scale=step, input_zero_point=zero_point)
 
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_leaf), [with_steps(name, x) for name, x in leaves])
+    return with_leaves(params, [with_steps(name, x) for name, x in leaves], is_leaf)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, tree_leaves_with_path
 
-from jaxcompress.paths import Rules, match, path_name
+from jaxcompress.paths import Rules, match, path_name, with_leaves
 from jaxcompress.train._state import TrainState
 
 
@@ -67,7 +67,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules[PartitionSpec] = ()) -> Any:
     parts = _parts(tree)
     specs = match(rules, [part.name for part in parts], PartitionSpec())
     leaves = [NamedSharding(mesh, _fit(spec, part, mesh)) for spec, part in zip(specs, parts, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return with_leaves(tree, leaves)
 
 
 def shard(tree: Any, mesh: Mesh, rules: Rules[PartitionSpec] = ()) -> Any:

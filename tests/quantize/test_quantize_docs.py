@@ -14,7 +14,7 @@ def test_the_guide_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None
     exec(compile("\n".join(blocks), str(GUIDE), "exec"), {})
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     found = {line.split(":")[0]: line for line in lines}
-    size = {name: int(re.search(r"([\d,]+) bytes", line)[1].replace(",", "")) for name, line in found.items()}  # type: ignore[index]
+    size = {name: int(re.search(r"([\d,]+) bytes", line)[1].replace(",", "")) for name, line in found.items()}
     loss = {name: float(line.split()[-1]) for name, line in found.items()}
     assert size["8 bits"] < 0.3 * size["float"] and size["4 bits"] < 0.22 * size["float"]
     for name in ("8 bits", "dynamic", "static"):

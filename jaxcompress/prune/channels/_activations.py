@@ -144,11 +144,11 @@ def _tap(step: Step, names: Sequence[str]) -> tuple[tuple[str, int], int, int] |
                 leaf_axes = weight.source[1][j]
                 if len(leaf_axes) == 1 and weight.labels[j] is not None:
                     return (names[weight.source[0]], leaf_axes[0]), operand, i
-    if name == "conv_general_dilated" and step.inputs[1].source is not None and step.extra is None:
-        numbers, weight = step.params["dimension_numbers"], step.inputs[1]
-        leaf_axes = weight.source[1][numbers.rhs_spec[1]]  # type: ignore[index]
+    if name == "conv_general_dilated" and (source := step.inputs[1].source) is not None and step.extra is None:
+        numbers = step.params["dimension_numbers"]
+        leaf_axes = source[1][numbers.rhs_spec[1]]
         if len(leaf_axes) == 1:
-            return (names[weight.source[0]], leaf_axes[0]), 0, numbers.lhs_spec[1]  # type: ignore[index]
+            return (names[source[0]], leaf_axes[0]), 0, numbers.lhs_spec[1]
     return None
 
 

@@ -140,7 +140,7 @@ class Plan:
 
     def _mapped(self, tree: Any, of_leaf: Any) -> Any:
         leaves = [of_leaf(name, x) if hasattr(x, "shape") else x for name, x in paths.named_leaves(tree)]
-        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        return paths.with_leaves(tree, leaves)
 
 
 def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:

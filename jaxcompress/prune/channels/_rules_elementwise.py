@@ -4,8 +4,10 @@ They also say where a slice that is zero stays zero (`0 * x`, `max(0, x)`, `tanh
 it is exact. JAX lets operands have no axes, or axes of size 1, where the result has more: these have no say.
 """
 
+from typing import Any
+
 from jaxcompress.prune.channels._labels import Label
-from jaxcompress.prune.channels._tape import Call, Tracer, Value, concrete, rule
+from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, concrete, rule
 
 _PASSES = (
     "convert_element_type copy copy_p device_put layout_constraint mesh_cast name pvary reduce_precision reduced_pvary "
@@ -151,7 +153,7 @@ def _mark(tracer: Tracer, call: Call, role: str) -> None:
                 tracer.mark(x, axis, role)
 
 
-def _mean(runner, step, inputs):  # type: ignore[no-untyped-def]
+def _mean(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
     x, by = inputs
     labels, width = step.extra
     kept = runner.width(labels, width)

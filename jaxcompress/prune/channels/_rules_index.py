@@ -14,10 +14,10 @@ from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, concrete
 @rule("dynamic_slice", run=lambda runner, step, inputs: _dynamic_slice_run(runner, step, inputs), raw=True)
 def _dynamic_slice(tracer: Tracer, call: Call) -> list[Value]:
     x, sizes = tracer.use(call.inputs[0], call.tape), call.params["slice_sizes"]
-    starts = [concrete(start) for start in call.inputs[1:]]
+    known = [start for start in map(concrete, call.inputs[1:]) if start is not None]
     call.inputs = [x, *call.inputs[1:]]
-    if all(start is not None for start in starts):  # places known while tracing
-        clamped = [int(np.clip(s, 0, n - k)) for s, n, k in zip(starts, x.shape, sizes, strict=True)]  # type: ignore
+    if len(known) == x.ndim:  # places known while tracing
+        clamped = [int(np.clip(s, 0, n - k)) for s, n, k in zip(known, x.shape, sizes, strict=True)]
         call.extra = [np.arange(s, s + k) for s, k in zip(clamped, sizes, strict=True)]
         call.run = lambda runner, step, inputs: [take(runner, inputs[0], step.inputs[0], step.extra)]
         return [chosen(tracer, call, x, call.extra)]

@@ -82,28 +82,16 @@ def _windowed(p: dict[str, Any]) -> list[int]:
     ]
 
 
-@rule("select_and_scatter_add")
-def _select_and_scatter_add(tracer: Tracer, call: Call) -> list[Value]:
-    cotangent, x = call.inputs
+@rule("select_and_scatter_add", "select_and_gather_add")
+def _select_and_add(tracer: Tracer, call: Call) -> list[Value]:
+    moved, x = call.inputs  # the cotangent, or the tangent
     axes = _windowed(call.params)
     for v in call.inputs:
         tracer.freeze(v, axes, "a window runs along it")
     for axis in range(x.ndim):
-        tracer.atoms.unify(cotangent.labels[axis], x.labels[axis], "a window's maximum of a whole axis")
+        tracer.atoms.unify(moved.labels[axis], x.labels[axis], "a window's maximum of a whole axis")
     labels = [label if axis not in axes else None for axis, label in enumerate(x.labels)]
-    return [tracer.value(call.avals[0], labels, cotangent.zero)]
-
-
-@rule("select_and_gather_add")
-def _select_and_gather_add(tracer: Tracer, call: Call) -> list[Value]:
-    tangent, x = call.inputs
-    axes = _windowed(call.params)
-    for v in call.inputs:
-        tracer.freeze(v, axes, "a window runs along it")
-    for axis in range(x.ndim):
-        tracer.atoms.unify(tangent.labels[axis], x.labels[axis], "a window's maximum of a whole axis")
-    labels = [label if axis not in axes else None for axis, label in enumerate(x.labels)]
-    return [tracer.value(call.avals[0], labels, tangent.zero)]
+    return [tracer.value(call.avals[0], labels, moved.zero)]
 
 
 @rule("fft")

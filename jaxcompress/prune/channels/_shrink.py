@@ -60,7 +60,7 @@ def _like(whole: Any, small: Any) -> Any:
     leaves = [
         jax.ShapeDtypeStruct(shapes[name], x.dtype) if is_array(x) else x for name, x in paths.named_leaves(small)
     ]
-    return jax.tree.unflatten(jax.tree.structure(small), leaves)
+    return paths.with_leaves(small, leaves)
 
 
 def _check_small(plan: Plan, small: Any) -> None:

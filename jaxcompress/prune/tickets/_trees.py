@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from jaxcompress import paths
 
 
@@ -39,4 +37,4 @@ def same(weights: Any, other: Any, what: str) -> list[Any]:
 
 def like(weights: Any, leaves: Sequence[Any]) -> Any:
     """The tree of `weights` with other leaves."""
-    return jax.tree.unflatten(jax.tree.structure(weights), leaves)
+    return paths.with_leaves(weights, leaves)
