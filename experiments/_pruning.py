@@ -20,6 +20,7 @@ import optax
 
 from experiments import _results
 from experiments._selection import Choice, select
+from experiments._splits import Split
 from experiments.data import Dataset, load
 from jaxcompress import prune
 from jaxcompress.paths import named_leaves, with_leaves
@@ -99,9 +100,9 @@ class Config:
 class Lab:
     """A model and its data on the device."""
 
-    def __init__(self, config: Config, model: nn.Module | None = None) -> None:
+    def __init__(self, config: Config, model: nn.Module | None = None, dataset: Dataset | None = None) -> None:
         self.config = config
-        self.dataset: Dataset = load(config.data, config.data_dir)
+        self.dataset = dataset or load(config.data, config.data_dir)
         if model is None:
             if config.model not in LAYERS:
                 raise ValueError(f"no model {config.model!r}: there are {', '.join(LAYERS)}")
@@ -110,19 +111,19 @@ class Lab:
         self.model = model
         if config.seeds < 1 or config.epochs < 1:
             raise ValueError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
-        train = self.dataset.train
-        self.images, self.labels = (
-            jnp.asarray(train.inputs()[: config.examples]),
-            jnp.asarray(train.labels)[: config.examples],
-        )
-        validation = self.dataset.validation
-        self.validation = (jnp.asarray(validation.inputs()), jnp.asarray(validation.labels))
+        images, labels = self.arrays(self.dataset.train)
+        self.images, self.labels = images[: config.examples], labels[: config.examples]
+        self.validation = self.arrays(self.dataset.validation)
         self.glance = (self.validation[0][:1000], self.validation[1][:1000])  # for curves during training
         self._test: tuple[jax.Array, jax.Array] | None = None
         self.batch = min(config.batch_size, len(self.labels))
         self.steps = len(self.labels) // self.batch  # an epoch
         self._right = jax.jit(self._rightly)
         self.init = jax.jit(lambda key: self.model.init(key, self.images[:1])["params"])
+
+    def arrays(self, split: Split) -> tuple[jax.Array, jax.Array]:
+        """A split's examples as the model takes them, and their labels."""
+        return jnp.asarray(split.inputs()), jnp.asarray(split.labels)
 
     def apply(self, params: Params, images: jax.Array) -> jax.Array:
         """Logits of a model without batch statistics."""
@@ -156,10 +157,14 @@ class Lab:
 
     def test(self, name: str, params: Params, extras: Any = None) -> float:
         """Per cent of the test split, which is read once for each final model."""
+        return self.accuracy(params, self.test_data(name), extras)
+
+    def test_data(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """The test split, which is read once for each final model."""
         split = self.dataset.test.read(for_model=name)
         if self._test is None:
-            self._test = jnp.asarray(split.inputs()), jnp.asarray(split.labels)
-        return self.accuracy(params, self._test, extras)
+            self._test = self.arrays(split)
+        return self._test
 
     def positions(self, layers: Sequence[str]) -> dict[str, int]:
         """At how many places the weights of each layer are used, for `tickets.multiply_adds`."""
@@ -285,9 +290,9 @@ def command(module: str, config: Any) -> str:
     changed = [
         f"--{field.name.replace('_', '-')} {_argument(getattr(config, field.name))}".rstrip()
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default and field.name not in ("data_dir", "out")
+        if getattr(config, field.name) != field.default and field.name not in ("data_dir", "out", "floats")
     ]
-    data = [] if config.data == "digits" else ["--data-dir DIR"]
+    data = [] if config.data in ("digits", "pydoc") else ["--data-dir DIR"]
     return " ".join([f"python -m experiments.{module}", *changed, *data])
 
 

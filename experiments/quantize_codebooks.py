@@ -5,7 +5,6 @@ k-means from Forgy's, density-based and linear centroids (and the optimal ones);
 shows the centroids of one layer over the histogram of its weights, before and after.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,28 +12,28 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
-from experiments import _pruning, _results
-from experiments._pruning import LAYERS, Lab, command, sgd, write
-from experiments._results import Column, Row
-from experiments.quantize_post_training import tested
+from experiments import _quantizing, _results
+from experiments._pruning import command, write
+from experiments._quantizing import adam, keyed, lab_for
+from experiments._results import Row
 from jaxcompress import compressed, quantize
+from jaxcompress.arrays import is_leaf
+from jaxcompress.paths import named_leaves
 
 STARTS = ("forgy", "density", "linear", "optimal")
 
 
 @dataclass(frozen=True)
-class Config(_pruning.Config):
+class Config(_quantizing.Config):
     """Forgy's, density-based, linear and optimal centroids, before and after training them."""
 
     centroids: tuple[int, ...] = field(default=(16, 8, 4, 2))
     """Values a layer: 4, 3, 2 and 1 bits a weight."""
     tuning: int = 4
     """Epochs of training the values."""
-    rate: float = 0.1
-    tuning_rate: float = 0.001
+    values_rate: float = 0.001
     """Of the values, by Adam: each gets the gradients of its whole cluster, and clusters differ in size."""
 
 
@@ -42,16 +41,9 @@ SHORT = Config(seeds=2, epochs=3, tuning=1, centroids=(8, 2), batch_size=64)
 """A run of seconds, for tests; its accuracies mean little."""
 
 
-def adam(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Adam, with a cosine from `rate` to zero over `total` steps."""
-    rate, total = arguments["rate"], arguments["total"]
-    return optax.adam(lambda step: rate * (1 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1))) / 2)
-
-
 def main(config: Config) -> _results.Result:
     """Trains, shares weights, trains the values, and writes the result and the figures."""
-    lab = Lab(config)
-    plain = lab.trainer(sgd)
+    lab = lab_for(config)
 
     def loss(params: Any, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
         whole = eqx.combine(params, arguments["indices"])
@@ -60,33 +52,36 @@ def main(config: Config) -> _results.Result:
     tuner = lab.trainer(adam, loss)
     names = ["float", *(f"{start}{after}" for start in STARTS for after in ("", ", trained"))]
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
-    layer = LAYERS[config.model][-2]
+    layer = lab.drawn_layer
     drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     weights = np.zeros(0)
     for seed in range(config.seeds):
-        begin = lab.init(jax.random.key(seed))
-        trained = plain(begin, {"rate": jnp.float32(config.rate)}, seed=seed, epochs=config.epochs)
-        found["float"][seed] = dict.fromkeys(map(str, config.centroids), lab.test(f"float, seed {seed}", trained))
+        trained = lab.trained(seed)
+        in_float = lab.tested(f"float, seed {seed}", trained)
+        found["float"][seed] = {key: v for k in config.centroids for key, v in keyed(str(k), in_float).items()}
         for start in STARTS:
             for k in config.centroids:
                 small = quantize.convert(trained, {"kernel$": quantize.KMeans(k, start=start, seed=seed)})
                 values, indices = eqx.partition(small, eqx.is_inexact_array)
-                arguments = {"rate": jnp.float32(config.tuning_rate), "indices": indices}
+                arguments = {"rate": jnp.float32(config.values_rate), "indices": indices}
                 tuned = eqx.combine(tuner(values, arguments, seed=100 + seed, epochs=config.tuning), indices)
                 for name, params in ((start, small), (f"{start}, trained", tuned)):
-                    found[name].setdefault(seed, {})[str(k)] = tested(lab, f"{name}, {k}, seed {seed}", params)
+                    figures = lab.tested(f"{name}, {k}, seed {seed}", params)
+                    found[name].setdefault(seed, {}).update(keyed(str(k), figures))
                 if seed == 0 and k == config.centroids[0]:
-                    before, after = (np.sort(np.ravel(p[layer]["kernel"].centroids)) for p in (small, tuned))
+                    before, after = (
+                        np.sort(np.ravel(dict(named_leaves(p, is_leaf))[layer].centroids)) for p in (small, tuned)
+                    )
                     drawn[start] = before, after
-                    weights = np.ravel(trained[layer]["kernel"])
+                    weights = np.ravel(dict(named_leaves(trained))[layer])
         print(f"seed {seed}: done", flush=True)
     result = lab.result(
         name=f"quantize_codebooks_{config.model}_{config.data}",
         title=f"Weights that share a few values: {config.model} on {config.data}",
-        source="Test accuracy in %. Han et al. 2016, section 5.2, has AlexNet: linear beginnings were best there.",
+        source=f"{lab.measured} Han et al. 2016, section 5.2, has AlexNet: linear beginnings were best there.",
         command=command("quantize_codebooks", config),
         selection="nothing was chosen: rates, lengths and numbers of values were fixed beforehand",
-        columns=[Column(str(k), f"{k} values a layer") for k in config.centroids],
+        columns=lab.columns({str(k): f"{k} values a layer" for k in config.centroids}),
         rows=[Row.measured(name, by_seed) for name, by_seed in found.items()],
         notes=[
             lab.setting(),
