@@ -15,8 +15,8 @@ from jaxcompress.prune.channels._tape import Step, Tape
 def flops(groups: Groups, plan: Plan | None = None) -> int:
     """Floating-point operations of matrix products and convolutions, for the inputs that the groups were found with.
 
-    A multiplication and an addition count two. A `scan`'s body counts once a turn, a `while`'s once in all, and of
-    branches the dearest one.
+    A multiplication and an addition count two. A `scan`'s body counts once a turn, a `shard_map`'s once a device, a
+    `while`'s once in all, and of branches the dearest one.
 
     Args:
       groups: of the function.
@@ -43,7 +43,10 @@ def _of_step(runner: Runner, step: Step) -> int:
     inner = [_of_tape(runner, tape) for tape in _tapes(step, name)]
     if name == "cond":
         return max(inner, default=0)
-    return sum(inner) * (step.params["length"] if name == "scan" else 1)
+    turns = step.params["length"] if name == "scan" else 1
+    if name == "shard_map":  # every device's work
+        turns = math.prod(step.params["mesh"].shape[axis] for axis in step.params["newly_manual_axes"])
+    return sum(inner) * turns
 
 
 def _tapes(step: Step, name: str) -> list[Any]:

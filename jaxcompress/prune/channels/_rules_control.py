@@ -16,8 +16,8 @@ _LOOP = "carried into a loop beside a whole axis"
 def _handed(tracer: Tracer, x: Value, zero: Sequence[bool] | None = None) -> Value:
     """A body's input that is an outer value."""
     if x.known:
-        return Value(x.shape, x.dtype, x.labels, x.zero, known=True, is_zero=x.is_zero, whole=x)
-    return Value(x.shape, x.dtype, x.labels, tuple(zero) if zero is not None else x.zero, source=x.source)
+        return Value(x.shape, x.dtype, x.labels, x.zero, known=True, is_zero=x.is_zero, whole=x, mat=x.mat)
+    return Value(x.shape, x.dtype, x.labels, tuple(zero) if zero is not None else x.zero, source=x.source, mat=x.mat)
 
 
 def _settled(tracer: Tracer, trace: Callable[[list[list[bool]]], list[Value]], carry: Sequence[Value]) -> None:
@@ -53,7 +53,7 @@ def _scan(tracer: Tracer, call: Call) -> list[Value]:
     slices = []
     for x in xs:
         source = (x.source[0], x.source[1][1:]) if x.source is not None else None
-        slices.append(Value(x.shape[1:], x.dtype, x.labels[1:], x.zero[1:], source=source))
+        slices.append(Value(x.shape[1:], x.dtype, x.labels[1:], x.zero[1:], source=source, mat=x.mat))
     tape = Tape([])
 
     def trace(zero: list[list[bool]]) -> list[Value]:
@@ -252,7 +252,7 @@ def _custom_vjp(tracer: Tracer, call: Call) -> list[Value]:
             found = found[0]  # JAX 0.12 returns (cotangents, logs)
         return [_filled(ct, x) for ct, x, is_moved in zip(found, call.inputs, moved, strict=True) if is_moved]
 
-    blank = [Value(x.shape, x.dtype, x.labels, (False,) * x.ndim) for x in cotangents]
+    blank = [Value(x.shape, x.dtype, x.labels, (False,) * x.ndim, mat=x.mat) for x in cotangents]
     back = _traced(tracer, backward, [*residuals, *blank])
     _agree(
         tracer,
@@ -296,8 +296,7 @@ def _primal(tracer: Tracer, call: Call) -> Tape:
 
 def _traced(tracer: Tracer, fn: Callable[..., list[Any]], inputs: Sequence[Value]) -> Tape:
     """A derivative's function, staged at the original shapes and labelled."""
-    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
-    jaxpr = jax.make_jaxpr(fn)(*structs)
+    jaxpr = tracer.stage(fn, inputs)
     outer, tracer.in_derivative = tracer.in_derivative, True
     tape = tracer.body(jaxpr, [_handed(tracer, x) for x in inputs])
     tracer.in_derivative = outer

@@ -40,6 +40,7 @@ class Value:
       whole: the known value that this one is cut from, or handed on from into a body.
       source: (parameter leaf, for each axis the leaf's axes it runs along) while the value is just a parameter.
       summed: the labels of the axes that were summed over, and their sizes, while the value is just such a sum.
+      mat: inside a `shard_map`, how it varies over the mesh; JAX's type.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +54,7 @@ class Value:
     whole: "Value | None" = None
     source: tuple[int, tuple[tuple[int, ...], ...]] | None = None
     summed: tuple[tuple[np.ndarray, ...], int] | None = None
+    mat: Any = None
 
     @property
     def ndim(self) -> int:
@@ -141,6 +143,7 @@ class Tracer:
         self.pieces: list[np.ndarray] = []  # labels of parts of axes: none may become empty
         self.roles: dict[tuple[int, int], set[str]] = {}  # of (leaf, axis): in, out, scale, shift
         self.in_derivative = False
+        self.stage = _staged  # a function of values at their original shapes; as things are in a `shard_map`, there
 
     def value(
         self,
@@ -159,6 +162,7 @@ class Tracer:
                 )
         labels = tuple(labels) if labels is not None else (None,) * len(shape)
         assert all(label is None or len(label) == n for label, n in zip(labels, shape, strict=True)), (aval, labels)
+        more = {"mat": getattr(aval, "mat", None), **more}
         return Value(shape, aval.dtype, labels, tuple(zero) if zero is not None else (False,) * len(shape), **more)
 
     def use(self, value: Value, tape: Tape) -> Value:
@@ -249,6 +253,10 @@ class Tracer:
         return outs
 
 
+def _staged(fn: Callable[..., Any], inputs: Sequence[Value]) -> Any:
+    return jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
+
+
 def concrete(value: Value, limit: int = 1 << 20) -> np.ndarray | None:
     """A known value, whole, as a NumPy array; `None` if it depends on an argument, or is too large."""
     if value.whole is not None:
@@ -260,6 +268,8 @@ def concrete(value: Value, limit: int = 1 << 20) -> np.ndarray | None:
         inputs = [concrete(v, limit) for v in step.inputs]
         if any(x is None for x in inputs):
             return None
+        if step.primitive.name == "pvary":  # means something only in a shard_map
+            return inputs[0]
         with jax.ensure_compile_time_eval():
             outs = step.primitive.bind(*inputs, **step.primitive.get_bind_params(step.params))
         for out, x in zip(step.outputs, outs if step.primitive.multiple_results else [outs], strict=True):
@@ -270,7 +280,8 @@ def concrete(value: Value, limit: int = 1 << 20) -> np.ndarray | None:
     return np.asarray(constant)
 
 
-def _barrier(tracer: Tracer, call: Call) -> list[Value]:
+def barrier(tracer: Tracer, call: Call) -> list[Value]:
+    """The rule of what has none: everything stays whole, and that is reported."""
     why = f"the primitive {call.name!r} has no rule"
     if any(tracer.atoms.resolve(label) is not None for value in call.inputs for label in value.labels):
         tracer.unknown[call.name] += 1
@@ -279,7 +290,7 @@ def _barrier(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(aval) for aval in call.avals]
 
 
-_BARRIER = Rule(_barrier)
+_BARRIER = Rule(barrier)
 
 
 def _constant(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from jaxcompress.prune.channels import (  # noqa: F401
     _rules_product,
     _rules_reduce,
     _rules_shape,
+    _rules_shard_map,
 )
 from jaxcompress.prune.channels._tape import Tape, Tracer, Value
 
