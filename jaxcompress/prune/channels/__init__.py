@@ -20,7 +20,7 @@ from jaxcompress.prune.channels._choose import plan
 from jaxcompress.prune.channels._cost import flops
 from jaxcompress.prune.channels._draw import draw
 from jaxcompress.prune.channels._groups import Group, Groups, Member, groups
-from jaxcompress.prune.channels._penalties import group_lasso, unit_norms
+from jaxcompress.prune.channels._penalties import group_lasso, growing, slimming, unit_norms
 from jaxcompress.prune.channels._plan import Plan, from_units
 from jaxcompress.prune.channels._register import Along, register
 from jaxcompress.prune.channels._scores import (
@@ -50,6 +50,7 @@ __all__ = [
     "geometric_median",
     "group_lasso",
     "groups",
+    "growing",
     "hessian",
     "lamp",
     "norm",
@@ -58,6 +59,7 @@ __all__ = [
     "register",
     "scale",
     "shrink",
+    "slimming",
     "taylor",
     "unit_norms",
     "verify",
