@@ -1,5 +1,6 @@
 """The BERT encoder, of any size: Devlin et al., "BERT: pre-training of deep bidirectional transformers", 2019."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -32,42 +33,59 @@ class Outputs(NamedTuple):
     pooled: jax.Array
 
 
+dense = partial(nn.Dense, kernel_init=nn.initializers.truncated_normal(0.02))
+embed = partial(nn.Embed, embedding_init=nn.initializers.truncated_normal(0.02))
+
+
 class Layer(nn.Module):
     """Self-attention and a feed-forward part, each with a shortcut and a layer normalisation behind."""
 
     size: Size
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """The layer's result, and its attention scores; `mask` `[batch, tokens]` is True on tokens."""
         size, heads = self.size, self.size.heads
+        drop = nn.Dropout(self.dropout, deterministic=not train)
         split = (*x.shape[:2], heads, size.hidden // heads)
-        q, k, v = (nn.Dense(size.hidden, name=name)(x).reshape(split) for name in ("query", "key", "value"))
+        q, k, v = (dense(size.hidden, name=name)(x).reshape(split) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9))
         seen = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        x = nn.LayerNorm(epsilon=1e-12, name="norm_1")(x + nn.Dense(size.hidden, name="out")(seen))
-        wide = nn.gelu(nn.Dense(size.intermediate, name="wide")(x), approximate=False)
-        return nn.LayerNorm(epsilon=1e-12, name="norm_2")(x + nn.Dense(size.hidden, name="narrow")(wide)), scores
+        x = nn.LayerNorm(epsilon=1e-12, name="norm_1")(x + drop(dense(size.hidden, name="out")(seen)))
+        wide = nn.gelu(dense(size.intermediate, name="wide")(x), approximate=False)
+        narrow = drop(dense(size.hidden, name="narrow")(wide))
+        return nn.LayerNorm(epsilon=1e-12, name="norm_2")(x + narrow), scores
 
 
 class Bert(nn.Module):
-    """Embeddings, layers, and the pooled first token."""
+    """Embeddings, layers, and the pooled first token.
+
+    Attributes:
+      size: its widths and numbers.
+      dropout: the rate behind the embeddings and behind each half of a layer, in training.
+    """
 
     size: Size = BASE
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> Outputs:
-        """`tokens` and `mask` `[batch, tokens]`; all of segment 0."""
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, train: bool = False, segments: jax.Array | None = None
+    ) -> Outputs:
+        """`tokens`, `mask` and `segments` `[batch, tokens]`; all of segment 0 by default."""
         size = self.size
-        x = nn.Embed(size.vocabulary, size.hidden, name="words")(tokens)
-        x += nn.Embed(size.positions, size.hidden, name="places")(jnp.arange(tokens.shape[1]))
-        x += nn.Embed(2, size.hidden, name="segments")(jnp.zeros_like(tokens))
+        segments = jnp.zeros_like(tokens) if segments is None else segments
+        x = embed(size.vocabulary, size.hidden, name="words")(tokens)
+        x += embed(size.positions, size.hidden, name="places")(jnp.arange(tokens.shape[1]))
+        x += embed(2, size.hidden, name="segments")(segments)
         x = nn.LayerNorm(epsilon=1e-12, name="norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         hidden, attention = [x], []
         for i in range(size.layers):
-            x, scores = Layer(size, name=f"layer_{i}")(x, mask)
+            x, scores = Layer(size, self.dropout, name=f"layer_{i}")(x, mask, train)
             hidden.append(x)
             attention.append(scores)
-        pooled = nn.tanh(nn.Dense(size.hidden, name="pool")(x[:, 0]))
+        pooled = nn.tanh(dense(size.hidden, name="pool")(x[:, 0]))
         return Outputs(tuple(hidden), tuple(attention), pooled)

@@ -6,10 +6,8 @@ word; which number, and what the weights are, does not change the time. Nothing 
 """
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +19,7 @@ from experiments import _distilling, _results
 from experiments._bert import BASE, TINY, Bert, Size
 from experiments._distilling import bars, command, gathered, written
 from experiments._results import Column
-from experiments._splits import SplitRecord
-from experiments.data import DataNotFoundError
+from experiments.data._texts import sentences
 
 
 @dataclass(frozen=True)
@@ -47,24 +44,6 @@ SHORT = Config(
     small=Size(1, 8, 2, 16, 100, 16),
 )
 """A run of seconds, for tests."""
-
-
-def sentences(data_dir: Path | None, part: str) -> tuple[list[str], SplitRecord]:
-    """The sentences of `part`.tsv, `SENTENCE<TAB>LABEL` a line, and the file's size and hash.
-
-    Raises:
-      DataNotFoundError: there is no such file.
-    """
-    folder = data_dir or Path(os.environ.get("JAXCOMPRESS_DATA_DIR") or ".")
-    places = [folder / "sst2" / f"{part}.tsv", folder / f"{part}.tsv"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise DataNotFoundError(
-            f"no SST-2: neither {places[0]} nor {places[1]}; give --data-dir or $JAXCOMPRESS_DATA_DIR"
-        )
-    lines = found.read_text(encoding="utf-8").splitlines()
-    record = SplitRecord(len(lines), hashlib.sha256(found.read_bytes()).hexdigest())
-    return [line.rsplit("\t", 1)[0] for line in lines], record
 
 
 def numbered(sentence: str, size: Size, tokens: int) -> tuple[jax.Array, jax.Array]:

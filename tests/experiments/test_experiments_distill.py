@@ -214,7 +214,7 @@ def test_bert_does_not_see_padding():
     size = TINY._replace(layers=1, hidden=12, heads=3, intermediate=16, vocabulary=20, positions=8)
     model, mask = Bert(size), jnp.arange(6)[None] < 4
     tokens = jnp.array([[3, 4, 5, 6, 7, 8]])
-    variables = jax.jit(model.init)(jax.random.key(0), tokens, mask)
+    variables = jax.tree.map(lambda x: 10 * x, jax.jit(model.init)(jax.random.key(0), tokens, mask))
     run = jax.jit(model.apply)
     a, b = run(variables, tokens, mask), run(variables, tokens.at[:, 4:].set(1), mask)
     np.testing.assert_allclose(a.pooled, b.pooled, atol=1e-6)

@@ -1,0 +1,179 @@
+"""Sentences as numbers of words, an encoder that reads them, and what it learns by: masked words, and labels."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _distilling
+from experiments._bert import Bert, Size
+from experiments._distilling import PARAMS, Lesson, Room
+from experiments._splits import Split
+from experiments.data._texts import load_texts, texts_of
+from jaxcompress import distill
+
+PADDING, UNKNOWN, MASKED = 0, 1, 2  # the first numbers of every vocabulary
+
+
+class Vocabulary:
+    """Words that occur often enough in some texts, the frequent first, numbered behind the three special ones."""
+
+    def __init__(self, texts: Sequence[str], at_least: int) -> None:
+        counts = collections.Counter(word for text in texts for word in text.split())
+        kept = sorted((word for word, n in counts.items() if n >= at_least), key=lambda word: (-counts[word], word))
+        self.numbers = {word: 3 + i for i, word in enumerate(kept)}
+
+    def __len__(self) -> int:
+        return 3 + len(self.numbers)
+
+    def rows(self, texts: Sequence[str], tokens: int) -> np.ndarray:
+        """`[texts, tokens]`, int32: the first `tokens` words of each, padded behind."""
+        rows = np.full((len(texts), tokens), PADDING, np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            words = text.split()[:tokens]
+            row[: len(words)] = [self.numbers.get(word, UNKNOWN) for word in words]
+        return rows
+
+
+class TextRoom(Room):
+    """A data set of sentences on the device; `images` are their numbered words, `[examples, tokens]`."""
+
+    def __init__(self, config: _distilling.Config, tokens: int, at_least: int) -> None:
+        self.config, self.tokens = config, tokens
+        self.dataset = load_texts(config.data, config.data_dir)
+        train, validation = self.dataset.train, self.dataset.validation
+        self.vocabulary = Vocabulary(texts_of(train), at_least)
+        self.images, self.labels = self.numbered(train)
+        self.images, self.labels = self.images[: config.examples], self.labels[: config.examples]
+        self.validation = self.numbered(validation)
+        self.batch = min(config.batch_size, len(self.labels))
+        self.steps = len(self.labels) // self.batch
+        self._test, self._forward, self._init = None, {}, {}
+
+    def numbered(self, split: Split) -> tuple[jax.Array, jax.Array]:
+        """A split's words and labels."""
+        return jnp.asarray(self.vocabulary.rows(texts_of(split), self.tokens)), jnp.asarray(split.labels)
+
+    def test_images(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """Words and labels of the test split, which is read once for each final model."""
+        return self.numbered(self.dataset.test.read(for_model=name))
+
+
+class Reader(nn.Module):
+    """An encoder with a head on the mean of its last hidden states.
+
+    Attributes:
+      size: of the encoder.
+      dropout: of the encoder, and before the head.
+      classes: outputs.
+    """
+
+    size: Size
+    dropout: float = 0.0
+    classes: int = 2
+
+    def setup(self) -> None:
+        """The encoder and the head."""
+        self.bert = Bert(self.size, self.dropout)
+        self.head = nn.Dense(self.classes)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        """Logits `[batch, classes]` of numbered words `[batch, tokens]`."""
+        mask = tokens != PADDING
+        last = self.bert(tokens, mask, train).hidden[-1]
+        mean = jnp.sum(last * mask[:, :, None], axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
+        return self.head(self.drop(mean, deterministic=not train))
+
+    def layers(self, tokens: jax.Array) -> distill.LayerOutputs:
+        """What the encoder's layers put out."""
+        out = self.bert(tokens, tokens != PADDING)
+        return distill.LayerOutputs(out.hidden, out.attention)
+
+    def words(self, tokens: jax.Array, places: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of the words at `places` `[batch, k]`: `[batch, k, vocabulary]`, by the embedding's own vectors."""
+        last = self.bert(tokens, tokens != PADDING, train).hidden[-1]
+        table = self.bert.variables[PARAMS]["words"]["embedding"]
+        return jnp.take_along_axis(last, places[:, :, None], axis=1) @ table.T
+
+
+def masked(tokens: jax.Array, key: jax.Array, share: float, vocabulary: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """BERT's task: words to be guessed from what stands around them (Devlin et al. 2019, section 3.1).
+
+    Of the chosen words 80% become the mask, 10% another word, 10% stay.
+
+    Args:
+      tokens: `[batch, tokens]`.
+      key: chooses.
+      share: of the words that are chosen, of each sentence at least one.
+      vocabulary: how many numbers there are.
+
+    Returns:
+      The changed tokens; the chosen places `[batch, k]` with `k` the share of a full row; and which of them count,
+      since a short sentence has fewer.
+    """
+    which, how, what = jax.random.split(key, 3)
+    k = max(1, round(share * tokens.shape[1]))
+    score = jnp.where(tokens == PADDING, -1.0, jax.random.uniform(which, tokens.shape))
+    places = jax.lax.top_k(score, k)[1]
+    lengths = jnp.sum(tokens != PADDING, axis=1)
+    counts = jnp.arange(k) < jnp.maximum(1, jnp.round(share * lengths))[:, None]
+    old = jnp.take_along_axis(tokens, places, axis=1)
+    draw = jax.random.uniform(how, places.shape)
+    random = jax.random.randint(what, places.shape, 3, vocabulary)
+    new = jnp.where(draw < 0.8, MASKED, jnp.where(draw < 0.9, random, old))
+    rows = jnp.arange(len(tokens))[:, None]
+    return tokens.at[rows, places].set(jnp.where(counts, new, old)), places, counts
+
+
+def word_loss(model: Reader, share: float = 0.15) -> _distilling.Loss:
+    """A `Loss`: cross entropy of the masked words, the mean over those that count.
+
+    `knobs` are the logarithms of the words' frequencies, which are added to the logits: BERT's bias, not learned, so
+    that the few sentences do not teach the embeddings which words are frequent.
+    """
+
+    def of_params(params: Any, extras: Any, lesson: Lesson) -> tuple[jax.Array, Any]:
+        changed, places, counts = masked(lesson.images, jax.random.fold_in(lesson.key, 1), share, model.size.vocabulary)
+        rngs = {"dropout": lesson.key}
+        logits: Any = model.apply({PARAMS: params}, changed, places, True, rngs=rngs, method=Reader.words)
+        wanted = jnp.take_along_axis(lesson.images, places, axis=1)
+        losses = distill.hard_label_loss(logits + lesson.knobs, wanted, where=counts)
+        return distill.masked_mean(losses, counts), extras
+
+    return of_params
+
+
+def log_frequencies(tokens: jax.Array, vocabulary: int) -> jax.Array:
+    """`[vocabulary]`: the logarithm of each number's share of the words, one more being counted of each."""
+    counts = 1 + jnp.bincount(tokens.reshape(-1), length=vocabulary).at[PADDING].set(0)
+    return jnp.log(counts / jnp.sum(counts))
+
+
+def dropped_words(share: float) -> Any:
+    """Words that are masked at random, each with this probability."""
+
+    def augment(tokens: jax.Array, key: jax.Array) -> jax.Array:
+        gone = (jax.random.uniform(key, tokens.shape) < share) & (tokens != PADDING)
+        return jnp.where(gone, MASKED, tokens)
+
+    return augment
+
+
+def layer_tables(room: TextRoom, model: Reader, variables: Mapping[str, Any], layer_map: Sequence[int]) -> Any:
+    """The teacher's hidden states and attention scores that a student's layers learn from, a row an example."""
+    run = jax.jit(
+        lambda v, x: chosen_layers(model.apply(v, x, method=Reader.layers), layer_map)  # type: ignore[arg-type]
+    )
+    parts = [run(variables, room.images[i : i + 500]) for i in range(0, len(room.images), 500)]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+def chosen_layers(outputs: distill.LayerOutputs, layer_map: Sequence[int]) -> distill.LayerOutputs:
+    """Of all layers those of a map, the embedding's 0 first."""
+    hidden, attention = outputs
+    return distill.LayerOutputs([hidden[g] for g in layer_map], [attention[g - 1] for g in layer_map[1:]])
