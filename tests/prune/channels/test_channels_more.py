@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from channels_zoo import Maker
+from channels_models import Maker
 from jax.extend.core import Primitive
 
 from jaxcompress.prune import channels

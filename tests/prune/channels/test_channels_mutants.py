@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from channels_zoo import Maker
+from channels_models import Maker
 
 from jaxcompress.prune import channels
 from jaxcompress.prune.channels import _rules_product, _rules_shape

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from channels_zoo import ZOO, Maker, layer_norm
+from channels_models import Maker, layer_norm
+from channels_zoo import ZOO
 
 from jaxcompress import compressed, dense, nbytes, quantize
 from jaxcompress.prune import channels

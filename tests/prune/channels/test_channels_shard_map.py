@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from channels_zoo import Maker, attend, heads
+from channels_models import Maker, attend, heads
 from jax import P, lax
 from test_channels_zoo import check
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from channels_zoo import Maker, conv, pool, relu
+from channels_models import Maker, conv, pool, relu
 from test_channels_zoo import check
 
 from jaxcompress.prune import channels
