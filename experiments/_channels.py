@@ -80,8 +80,7 @@ class Network:
         """What the plan leaves; plans of like widths share it."""
         key = (*plan.widths.items(), rederive)
         if key not in self._smaller:
-            state = channels.groups(self.train, self.shapes, self.room.images[:1], free_out=[f"^1/{STATE}"])
-            freed = dataclasses.replace(plan, free_out=state.free_out)
+            freed = dataclasses.replace(plan, free_out=(f"^1/{STATE}",) if STATE in self.shapes else ())
             small = channels.shrink(self.evaluate, self.shapes, plan, rederive=rederive)
             trained = channels.shrink(self.train, self.shapes, freed, rederive=rederive)
             self._smaller[key] = Network(self.room, self.options, small, trained, plan.apply(self.shapes))

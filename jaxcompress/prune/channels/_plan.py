@@ -53,6 +53,22 @@ class Plan:
 
         return self._mapped(params, zeroed)
 
+    def undone(self, small: Any) -> Any:
+        """The shapes before, for a tree that `apply` gave: what `shrink` takes where the whole parameters are gone.
+
+        Raises:
+          ValueError: another tree than `apply` gave.
+        """
+        left = {name: tuple(np.shape(x)) for name, x in paths.named_leaves(small) if hasattr(x, "shape")}
+        for name, shape in self.shapes.items():
+            axes = self.keep.get(name, {})
+            wanted = tuple(len(axes[a]) if a in axes else n for a, n in enumerate(shape))
+            if left.get(name) != wanted:
+                raise ValueError(f"want {name!r} of shape {wanted}, as plan.apply leaves it; it is {left.get(name)}")
+        return self._mapped(
+            small, lambda name, x: jax.ShapeDtypeStruct(self.shapes[name], x.dtype) if name in self.shapes else x
+        )
+
     def apply_like(self, tree: Any) -> Any:
         """Cut the leaves of a tree that belong to parameters by path and shape: an optimizer's state, an average.
 
