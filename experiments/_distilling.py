@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +23,7 @@ import optax
 
 from experiments import _pruning, _results
 from experiments._artefacts import load_plain, save_plain
+from experiments._figures import bars
 from experiments._pruning import curves
 from experiments._results import Row
 from experiments.data import Dataset, Read, load
@@ -395,26 +396,3 @@ def written(result: _results.Result, config: Config, draw: Callable[[Path], None
     draw(config.out / f"{result.name}.png")
     print(f"written: {config.out / result.name}.json and .png", flush=True)
     return result
-
-
-def bars(path: Path, rows: Sequence[Row], key: str, *, x_title: str, title: str = "") -> None:
-    """Draws a bar a row, with the seeds as dots on it; the axis begins near the smallest value."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no plotting on import, and no global state
-    from matplotlib.figure import Figure
-
-    canvas = FigureCanvasAgg(Figure(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained"))
-    axes = canvas.figure.add_subplot()
-    places = range(len(rows) - 1, -1, -1)
-    axes.barh(places, [row.ours[key].mean for row in rows], color="tab:blue", alpha=0.5)
-    axes.set_yticks(places, [row.name for row in rows], fontsize=8)
-    for place, row in zip(places, rows, strict=True):
-        values = row.ours[key].values
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
-    seen = list(itertools.chain.from_iterable(row.ours[key].values for row in rows))
-    room = 0.1 * (max(seen) - min(seen)) or 1.0
-    axes.set_xlim(max(0.0, min(seen) - 2 * room), max(seen) + room)
-    axes.set_xlabel(x_title)
-    axes.set_title(title)
-    axes.grid(alpha=0.3, axis="x")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.figure.savefig(path, dpi=120)

@@ -3,13 +3,16 @@
 One of the eleven pairs of the CIFAR-100 tables (`_cifar100.py`): the teacher, the student from labels alone, and the
 student by soft targets, decoupled and by logit standardisation, beside what the tables have. 240 epochs of SGD on moved
 and mirrored images, so the teacher looks at each batch anew: a setting for a GPU. With `--data cifar10`, and fewer
-epochs and images, the same runs where there is none.
+epochs and images, the same runs where there is none. `--student pruned` is the teacher itself with whole channels cut
+out, trained on under what it was.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tyro
@@ -31,6 +34,7 @@ from experiments._distilling import (
 )
 from experiments._results import Column
 from jaxcompress import distill
+from jaxcompress.prune import channels
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,53 @@ class Config(_distilling.Config):
     epochs: int = 240
     teacher: str = "resnet56"
     student: str = "resnet20"
+    """A network of the tables, or pruned: what is left of the teacher."""
+    left: float = 0.3
+    """The share of the teacher's parameters that the pruned student has."""
     temperature: float = 4.0
     alpha: float = 0.9
+    methods: tuple[str, ...] = ()
+    """Some of the four; all by default."""
 
-
-SHORT = Config(data="digits", seeds=1, examples=256, epochs=1, teacher="resnet8x4", student="resnet8x4")
-"""A run of a minute on digits, for tests; its accuracies mean nothing."""
 
 LABELS, SOFT, DECOUPLED, STANDARD = "labels alone", "soft targets", "decoupled", "standardised logits"
+PRUNED, STATE = "pruned", "batch_stats"
+SHORT = Config(
+    data="digits", seeds=1, examples=256, epochs=1, teacher="resnet8x4", student=PRUNED, methods=(LABELS, SOFT)
+)
+"""A run of a minute on digits, for tests; its accuracies mean nothing."""
+
+
+class Pruned:
+    """What is left of a network when the channels of the smallest L2 norm are cut; `apply` is as a Linen module's.
+
+    Args:
+      model: the network, with batch normalisation.
+      variables: its trained variables.
+      images: one or more, to trace it with.
+      left: the share of its parameters to be left.
+    """
+
+    def __init__(self, model: nn.Module, variables: Any, images: jax.Array, left: float) -> None:
+        def training(variables: Any, images: jax.Array) -> Any:
+            return model.apply(variables, images, train=True, mutable=[STATE])
+
+        groups = channels.groups(model.apply, variables, images)
+        self.plan = channels.plan(groups, channels.norm(groups, variables), parameters=left)
+        self.variables = self.plan.apply(variables)
+        freed = dataclasses.replace(self.plan, free_out=(f"^1/{STATE}",))
+        self._evaluate = channels.shrink(model.apply, variables, self.plan)
+        self._train = channels.shrink(training, variables, freed)
+
+    def apply(
+        self, variables: Any, images: jax.Array, train: bool = False, *, rngs: Any = None, mutable: Any = None
+    ) -> Any:
+        """Logits `[batch, classes]`; in training also the new batch statistics."""
+        return self._train(variables, images) if train else self._evaluate(variables, images)
+
+    def init(self, key: jax.Array, images: jax.Array) -> Any:
+        """The variables that are left, copied."""
+        return jax.tree.map(jnp.copy, self.variables)
 
 
 def varied(padding: int) -> Any:
@@ -68,10 +111,12 @@ def varied(padding: int) -> Any:
 def main(config: Config) -> _results.Result:
     """Trains the teacher and the students, and writes the result and the figure."""
     c = config
-    if unknown := {c.teacher, c.student} - set(MODELS):
+    if unknown := {c.teacher, c.student} - {*MODELS, PRUNED} | {c.teacher} & {PRUNED}:
         raise ValueError(f"no network {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
+    if unknown := set(c.methods) - {LABELS, SOFT, DECOUPLED, STANDARD}:
+        raise ValueError(f"no method {', '.join(sorted(unknown))}: there are {LABELS}, {SOFT}, {DECOUPLED}, {STANDARD}")
     room = Room(c)
-    teacher, student = (MODELS[name]().clone(classes=room.dataset.classes) for name in (c.teacher, c.student))
+    teacher = MODELS[c.teacher]().clone(classes=room.dataset.classes)
 
     def learner(model: Any, name: str, loss: Any) -> Learner:
         recipe = Recipe.of(name, c.epochs)
@@ -97,8 +142,16 @@ def main(config: Config) -> _results.Result:
     variables = room.trained("teacher", teacher, lambda: learn("teacher", 0))
     top = room.kept("teacher", lambda: room.test("teacher", teacher, variables))
     figures = [(f"teacher {c.teacher}", 0, {"accuracy": top, "size": parameters(variables)})]
+    student: Any
+    if c.student == PRUNED:
+        student = Pruned(teacher, variables, room.images[:1], c.left)
+    else:
+        student = MODELS[c.student]().clone(classes=room.dataset.classes)
     size = parameters(room.init(student, 0))
-    for name, loss in {LABELS: hard, SOFT: soft, DECOUPLED: decoupled, STANDARD: standardised}.items():
+    losses = {LABELS: hard, SOFT: soft, DECOUPLED: decoupled, STANDARD: standardised}
+    for name, loss in losses.items():
+        if c.methods and name not in c.methods:
+            continue
         pupil = learner(student, c.student, loss)
 
         def measured(seed: int, name: str = name, pupil: Learner = pupil) -> float:
@@ -112,9 +165,11 @@ def main(config: Config) -> _results.Result:
     published = next((p.published for p in PAIRS if (p.teacher, p.student) == (c.teacher, c.student)), None)
     paper = {}
     if published and c.data == "cifar100":
-        names = (f"teacher {c.teacher}", f"{c.student}, {LABELS}", f"{c.student}, {SOFT}")
-        paper = {name: {"accuracy": value} for name, value in zip(names, published, strict=True)}
+        their = (f"teacher {c.teacher}", f"{c.student}, {LABELS}", f"{c.student}, {SOFT}")
+        paper = {name: {"accuracy": value} for name, value in zip(their, published, strict=True)}
     rows = gathered(figures, paper)
+    names, alone = [row.name for row in rows], f"{c.student}, {LABELS}"
+    others = [name for name in names[1:] if name != alone]
     result = room.result(
         name=f"distill_pairs_{c.teacher}_{c.student}_{c.data}".lower().replace("-", "_"),
         title=f"{c.teacher} teaches {c.student}, on {c.data}",
@@ -123,13 +178,19 @@ def main(config: Config) -> _results.Result:
         selection="nothing was chosen",
         columns=[Column("accuracy", "test accuracy (%)"), Column("size", "parameters", 0)],
         rows=rows,
-        pairs=[("accuracy", f"{c.student}, {n}", f"{c.student}, {LABELS}") for n in (SOFT, DECOUPLED, STANDARD)]
-        if c.seeds > 1
-        else (),
+        pairs=[("accuracy", name, alone) for name in others] if c.seeds > 1 and alone in names else (),
         notes=[
             f"{len(room.labels):,} training images, batches of {room.batch}, {c.epochs} epochs, SGD with momentum 0.9"
             f" and"
             " weight decay 0.0005, three drops of the rate; crops of the padded image, mirrored at random.",
+            *(
+                [
+                    f"Pruned: the channels of the smallest L2 norm are cut, {c.left:.0%} of the parameters are left and"
+                    " trained on with the same recipe."
+                ]
+                if c.student == PRUNED
+                else []
+            ),
         ],
     )
     return written(

@@ -23,6 +23,7 @@ from experiments import (
 from experiments._bert import BASE, TINY, Bert
 from experiments._cifar100 import MODELS, PAIRS, Recipe
 from experiments._distilling import Learner, Mlp, Room, guided, jittered, logits_loss
+from experiments._resnets import Resnet
 from experiments.data import DataNotFoundError, _cifar100, load
 from experiments.data._prepare import prepared, read_records
 from experiments.distill_why import calibration
@@ -296,8 +297,28 @@ def test_smoothing_and_partial_teachers(tmp_path):
 
 @pytest.mark.slow
 def test_a_pair_under_the_literatures_recipe(tmp_path):
+    """With a student that is pruned from its teacher, on digits."""
     rows = checked(distill_pairs.main(dataclasses.replace(distill_pairs.SHORT, out=tmp_path)), tmp_path)
-    assert len(rows) == 5 and rows["teacher resnet8x4"]["size"].mean == 1_209_834  # 10 classes and one channel
+    whole = rows["teacher resnet8x4"]["size"].mean
+    assert len(rows) == 3 and whole == 1_209_834  # 10 classes and one channel
+    assert 0.2 * whole < rows["pruned, soft targets"]["size"].mean <= 0.3 * whole
+
+
+def test_a_pruned_student_is_the_teacher_without_some_channels():
+    """In evaluation against the teacher with those channels at zero; in training it moves its own statistics."""
+    model = Resnet(1, (8, 8, 8), stem_stride=2)
+    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    pruned = distill_pairs.Pruned(model, variables, images[:1], 0.5)
+    small = pruned.init(jax.random.key(2), images)
+    wanted = jax.jit(model.apply)(pruned.plan.mask(variables), images)
+    np.testing.assert_allclose(jax.jit(pruned.apply)(small, images), wanted, atol=1e-5)
+    logits, state = jax.jit(lambda v: pruned.apply(v, images, train=True, mutable=["batch_stats"]))(small)
+    assert logits.shape == (4, 10) and jax.tree.map(jnp.shape, state["batch_stats"]) == jax.tree.map(
+        jnp.shape, small["batch_stats"]
+    )
+    assert not np.allclose(*(jax.tree.leaves(v["batch_stats"])[0] for v in (state, small)))
+    assert _distilling.parameters(small) <= 0.5 * _distilling.parameters(variables)
 
 
 @pytest.mark.slow
@@ -347,6 +368,7 @@ def test_recorded_larger_teachers_teach_a_small_student_worse():
         (lambda: distill_mnist.main(distill_mnist.Config(parts=("all",))), "parts are table, temperatures, ensemble"),
         (lambda: distill_why.main(distill_why.Config(parts=())), "parts are smoothing, partial, targets; got none"),
         (lambda: distill_pairs.main(distill_pairs.Config(teacher="resnet9")), "no network resnet9: there are resnet20"),
+        (lambda: distill_pairs.main(distill_pairs.Config(methods=("x",))), "no method x: there are labels alone, soft"),
         (lambda: distill_capacity.main(distill_capacity.Config(parts=("x",))), "parts are growing, shapes; got x"),
     ],
 )
