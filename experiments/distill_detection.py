@@ -32,9 +32,9 @@ class Config(_distilling.Config):
     width: int = 128
     """Of the images, in pixels."""
     batch_size: int = 8
-    epochs: int = 20
-    teacher_epochs: int = 30
-    rate: float = 2e-3
+    epochs: int = 24
+    teacher_epochs: int = 40
+    rate: float = 3e-3
     student: tuple[int, int, int] = (8, 16, 24)
     """Channels of the backbone's three sizes."""
     small_teacher: tuple[int, int, int] = (16, 32, 48)
