@@ -1,37 +1,36 @@
 """Quantization without training: `python -m experiments.quantize_post_training`.
 
 A trained network is quantized to 8, 4, 3 and 2 bits, weights alone and with 8-bit inputs on calibrated ranges, by ways
-that round to nearest and ways that round better. The calibration data are training images; nothing is chosen on others.
+that round to nearest and ways that round better; and to the formats of hardware and papers. The calibration data are
+training examples; nothing is chosen on others.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 
-from experiments import _pruning, _results
-from experiments._pruning import LAYERS, Lab, command, sgd, write
+from experiments import _quantizing, _results
+from experiments._pruning import command, write
+from experiments._quantizing import Images, keyed, lab_for
 from experiments._results import Column, Row
-from jaxcompress import compressed, quantize
+from jaxcompress import nbytes, quantize
 from jaxcompress.calibrate import InputObserver
-from jaxcompress.quantize import Affine
+from jaxcompress.quantize import MX, NF4, Affine, Floats
 
 
 @dataclass(frozen=True)
-class Config(_pruning.Config):
-    """Rounding to nearest, GPTQ, AdaRound, bias correction and static ranges, without training."""
+class Config(_quantizing.Config):
+    """Rounding to nearest, GPTQ, AWQ, AdaRound, bias correction and static ranges, without training; and formats."""
 
     bits: tuple[int, ...] = (8, 4, 3, 2)
     """Of the weights, symmetric, a scale an output channel."""
     calibration: int = 512
-    """How many training images the inputs are measured on."""
+    """How many training examples the inputs are measured on."""
     steps: int = 1000
     """Of AdaRound."""
-    rate: float = 0.1
 
 
 SHORT = Config(seeds=2, epochs=3, bits=(8, 3), calibration=128, batch_size=64, steps=200)
@@ -42,9 +41,9 @@ Method = Callable[["Calibrated", Any, int], Any]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a method needs besides the network: the model, calibration images and what measures inputs."""
+    """What a method needs besides the network: the model, examples to calibrate on, and what measures inputs."""
 
-    lab: Lab
+    lab: Images
     observer: InputObserver
     batches: list[jax.Array]
     steps: int
@@ -63,11 +62,18 @@ def _rules(bits: int) -> dict[str, Affine | None]:
     return {"kernel$": Affine(bits)}
 
 
+def _scaled(on: Calibrated, params: Any, bits: int) -> Any:
+    """By AWQ, with the pairs that the trace shows."""
+    pairs = quantize.pairs(on.lab.apply, params, on.batches[0][:8])
+    return quantize.awq(on.lab.apply, params, on.batches, _rules(bits), pairs)
+
+
 METHODS: dict[str, Method] = {
     "to nearest": lambda on, params, bits: quantize.convert(params, _rules(bits)),
     "to nearest, biases corrected": lambda on, params, bits: quantize.correct_biases(
         on.lab.apply, params, quantize.convert(params, _rules(bits)), on.batches
     ),
+    "AWQ": lambda on, params, bits: quantize.convert(_scaled(on, params, bits), _rules(bits)),
     "GPTQ": lambda on, params, bits: quantize.gptq(on.observer, params, on.batches, _rules(bits)),
     "AdaRound": lambda on, params, bits: quantize.adaround(
         on.observer, params, on.batches, _rules(bits), steps=on.steps
@@ -81,44 +87,65 @@ METHODS: dict[str, Method] = {
 }
 """Of what measures a network's inputs, the network and the bits: the quantized network."""
 
+FORMATS: dict[str, Any] = {
+    "bfloat16": Floats("bfloat16"),
+    "fp8 e4m3": Floats("float8_e4m3fn"),
+    "fp8 e5m2": Floats("float8_e5m2"),
+    "mx, 8-bit integers": MX("int8"),
+    "mx, fp8 e4m3": MX("float8_e4m3fn"),
+    "8 bits": Affine(8),
+    "8 bits, one scale a tensor": Affine(8, axes=()),
+    "mx, fp4 e2m1": MX("float4_e2m1fn"),
+    "nf4, groups of 64": NF4(),
+    "4 bits, groups of 64": Affine(4, group=(-2, 64)),
+    "4 bits": Affine(4),
+    "4 bits, one scale a tensor": Affine(4, axes=()),
+}
+"""Schemes of the weights alone, rounded to nearest."""
+
 
 def main(config: Config) -> _results.Result:
-    """Trains, quantizes by each method to each number of bits, and writes the result and the figure."""
-    lab = Lab(config)
+    """Trains, quantizes by each method to each number of bits, and writes the two results and the figure."""
+    lab = lab_for(config)
     if not 1 <= config.calibration <= len(lab.labels):
         raise ValueError(f"want 1 to {len(lab.labels)} calibration images, got {config.calibration}")
-    trainer = lab.trainer(sgd)
     batches = [lab.images[: config.calibration]]
-    columns = [str(bits) for bits in config.bits]
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("float", *METHODS)}
+    formats: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("float32", *FORMATS)}
     on: Calibrated | None = None
     for seed in range(config.seeds):
-        start = lab.init(jax.random.key(seed))
-        trained = trainer(start, {"rate": jnp.float32(config.rate)}, seed=seed, epochs=config.epochs)
+        trained = lab.trained(seed)
         if on is None:
             on = Calibrated(
                 lab, InputObserver(lab.apply, trained, batches[0], {"kernel$": True}), batches, config.steps
             )
-        found["float"][seed] = dict.fromkeys(columns, lab.test(f"float, seed {seed}", trained))
+        in_float = lab.tested(f"float, seed {seed}", trained)
+        found["float"][seed] = {key: v for bits in config.bits for key, v in keyed(str(bits), in_float).items()}
+        formats["float32"][seed] = {**keyed("kept", in_float), "bytes": float(nbytes(trained))}
         for name, method in METHODS.items():
-            found[name][seed] = {
-                str(bits): tested(lab, f"{name}, {bits} bits, seed {seed}", method(on, trained, bits))
-                for bits in config.bits
-            }
+            found[name][seed] = {}
+            for bits in config.bits:
+                figures = lab.tested(f"{name}, {bits} bits, seed {seed}", method(on, trained, bits))
+                found[name][seed].update(keyed(str(bits), figures))
+        for name, scheme in FORMATS.items():
+            small = quantize.convert(trained, {"kernel$": scheme})
+            figures = lab.tested(f"{name} (format), seed {seed}", small)
+            formats[name][seed] = {**keyed("kept", figures), "bytes": float(nbytes(small))}
         print(f"seed {seed}: done", flush=True)
+    _formats(lab, config, formats)
     rows = [Row.measured(name, by_seed) for name, by_seed in found.items()]
     result = lab.result(
         name=f"quantize_post_training_{config.model}_{config.data}",
         title=f"Quantization without training: {config.model} on {config.data}",
-        source="Test accuracy in %. The papers of GPTQ and AdaRound have larger models only.",
+        source=f"{lab.measured} The papers of GPTQ, AWQ and AdaRound have larger models only.",
         command=command("quantize_post_training", config),
         selection="nothing was chosen: rate, lengths, bits and damping were fixed beforehand",
-        columns=[Column(key, f"{key} bits") for key in columns],
+        columns=lab.columns({str(bits): f"{bits} bits" for bits in config.bits}),
         rows=rows,
         notes=[
             lab.setting(),
-            f"All {len(LAYERS[config.model])} layers, the first and the last too. Inputs are measured on the first "
-            f"{config.calibration} training images; nothing is trained after quantization.",
+            f"All kernels, the first and the last too. Inputs are measured on the first {config.calibration} training "
+            f"examples; nothing is trained after quantization.",
         ],
     )
     lines = {row.name: [(bits, row.ours[str(bits)].values) for bits in config.bits] for row in rows}
@@ -126,16 +153,23 @@ def main(config: Config) -> _results.Result:
     return result
 
 
-def tested(lab: Lab, name: str, params: Any) -> float:
-    """`lab.test` of a network with compressed leaves, which runs on them as they are."""
-    split = lab.dataset.test.read(for_model=name)
-    logits = _compiled(lab)(params, jnp.asarray(split.inputs()))
-    return 100 * float(jnp.mean(jnp.argmax(logits, axis=-1) == jnp.asarray(split.labels)))
-
-
-@functools.cache
-def _compiled(lab: Lab) -> Callable[[Any, jax.Array], jax.Array]:
-    return jax.jit(compressed(lab.apply))
+def _formats(lab: Images, config: Config, found: dict[str, dict[int, dict[str, float]]]) -> None:
+    rows = [Row.measured(name, by_seed) for name, by_seed in found.items()]
+    result = lab.result(
+        name=f"quantize_formats_{config.model}_{config.data}",
+        title=f"Formats of weights: {config.model} on {config.data}",
+        source=f"{lab.measured} The papers of nf4 and mx have larger models only.",
+        command=command("quantize_post_training", config),
+        selection="nothing was chosen",
+        columns=[*lab.columns({"kept": "on test data"}), Column("bytes", "bytes of all parameters", 0)],
+        rows=rows,
+        notes=[
+            lab.setting(),
+            "All kernels, the first and the last too, rounded to nearest; biases, norms and tables stay in float32.",
+        ],
+    )
+    result.write(config.out / f"{result.name}.json")
+    print(f"written: {config.out / result.name}.json", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ the grids that `rules` give to parameters by path; `convert(params, rules)` then
 leaves instead, whose few centroids can be trained on; `Floats`, `NF4` and `MX` are the formats of hardware and papers.
 
 A trained model is made easier to round by `fold` (batch norms into kernels), `equalize`, `smooth` and `awq` (scales
-from one layer into the next); `gptq` and `adaround` round it better than to nearest; `correct_biases` makes up for what
-is left.
+from one layer into the next: `pairs` finds which); `gptq` and `adaround` round it better than to nearest;
+`correct_biases` makes up for what is left.
 
 `layer_costs` says what each scheme costs each layer, and `allocate` chooses one a layer under a budget of bytes.
 
@@ -28,6 +28,7 @@ from jaxcompress.quantize._fold import fold
 from jaxcompress.quantize._formats import MX, NF4, Floats
 from jaxcompress.quantize._gptq import gptq
 from jaxcompress.quantize._learned import Learned, learn, settle
+from jaxcompress.quantize._pairs import pairs
 from jaxcompress.quantize._ranges import Entropy, LeastSquares, MinMax, Percentile, Range, input_ranges
 from jaxcompress.quantize._static import static
 
@@ -63,6 +64,7 @@ __all__ = [
     "input_ranges",
     "layer_costs",
     "learn",
+    "pairs",
     "quantize",
     "settle",
     "smooth",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves
 
-_INLINE = {"jit", "pjit", "closed_call", "core_call"}
+_INLINE = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"}
 _AFFINE = {"add", "sub", "mul", "div"}
 
 
@@ -26,6 +26,8 @@ class Value:
     operation: "Operation | None" = None
     known: Any = None
     leaf: int | None = None
+    settled: bool = False
+    """Whether it depends on parameters alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +73,11 @@ def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, 
     """
     names = [name for name, _ in named_leaves(params, is_leaf)]
     leaves = [x for _, x in named_leaves(params, is_leaf)]
-    operations, outputs = _flat(fn, params, batch, len(leaves))
-    uses = Counter(id(x) for operation in operations for x in operation.inputs) + Counter(id(x) for x in outputs)
-    users: dict[int, list[Operation]] = {}
-    for operation in operations:
-        for x in operation.inputs:
-            users.setdefault(id(x), []).append(operation)
+    operations, outputs = flattened(fn, params, batch, len(leaves))
+    uses, users = used(operations, outputs)
     found: dict[str, Chain] = {}
     for operation in operations:
-        place = _kernel(operation)
+        place = kernel_of(operation)
         if place is None:
             continue
         kernel, axes, own = place
@@ -92,17 +90,27 @@ def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, 
     return found
 
 
-def _flat(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) -> Any:
-    """The function's operations, with inner jits inlined."""
+def used(operations: Sequence[Operation], outputs: Sequence[Value]) -> tuple[Counter[int], dict[int, list[Operation]]]:
+    """By each value's id: how often it is used, and by which operations."""
+    uses = Counter(id(x) for operation in operations for x in operation.inputs) + Counter(id(x) for x in outputs)
+    users: dict[int, list[Operation]] = {}
+    for operation in operations:
+        for x in operation.inputs:
+            users.setdefault(id(x), []).append(operation)
+    return uses, users
+
+
+def flattened(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) -> tuple[list[Operation], list[Value]]:
+    """The function's operations, with inner jits inlined, and its results; its first `n` arguments are parameters."""
     closed = jax.make_jaxpr(fn)(params, batch)
     operations: list[Operation] = []
 
     def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
-        env = {v: Value(v.aval, known=c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        env = {v: Value(v.aval, known=c, settled=True) for v, c in zip(jaxpr.constvars, consts, strict=True)}
         env |= dict(zip(jaxpr.invars, args, strict=True))
 
         def read(v: Any) -> Value:
-            return Value(v.aval, known=v.val) if isinstance(v, Literal) else env[v]
+            return Value(v.aval, known=v.val, settled=True) if isinstance(v, Literal) else env[v]
 
         for eqn in jaxpr.eqns:
             inputs = tuple(read(v) for v in eqn.invars)
@@ -111,26 +119,27 @@ def _flat(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) -> Any
                 results = walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
             else:
                 operation = Operation(eqn, inputs)
-                results = [Value(v.aval, operation=operation) for v in eqn.outvars]
+                settled = all(x.settled for x in inputs)
+                results = [Value(v.aval, operation=operation, settled=settled) for v in eqn.outvars]
                 operation.results.extend(results)
                 operations.append(operation)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    args = [Value(v.aval, leaf=i if i < n else None) for i, v in enumerate(closed.jaxpr.invars)]
+    args = [Value(v.aval, leaf=i if i < n else None, settled=i < n) for i, v in enumerate(closed.jaxpr.invars)]
     outputs = walk(closed.jaxpr, closed.consts, args)
     return operations, outputs
 
 
-def _kernel(operation: Operation) -> tuple[Value, tuple[int, ...], tuple[int, ...]] | None:
+def kernel_of(operation: Operation) -> tuple[Value, tuple[int, ...], tuple[int, ...]] | None:
     """The kernel of a product, its axes that stay, and those axes of the result."""
     if len(operation.inputs) != 2:
         return None
     left, right = operation.inputs
-    if operation.name == "conv_general_dilated" and not _known(left):
+    if operation.name == "conv_general_dilated" and not left.settled:
         numbers = operation.eqn.params["dimension_numbers"]
         return right, (numbers.rhs_spec[0],), (numbers.out_spec[1],)
-    if operation.name == "dot_general" and not _known(left):
+    if operation.name == "dot_general" and not left.settled:
         (_, contract), (batch, _) = operation.eqn.params["dimension_numbers"]
         if not batch:
             free = tuple(axis for axis in range(right.aval.ndim) if axis not in contract)
@@ -139,20 +148,13 @@ def _kernel(operation: Operation) -> tuple[Value, tuple[int, ...], tuple[int, ..
     return None
 
 
-def _known(x: Value) -> bool:
-    """Whether a value depends on parameters alone."""
-    if x.operation is None:
-        return x.leaf is not None or x.known is not None
-    return all(_known(y) for y in x.operation.inputs)
-
-
 def _follow(y: Value, uses: Counter[int], users: dict[int, list[Operation]]) -> list[tuple[Operation, Value]]:
     """The operations behind `y` that are affine in it, each with its result."""
     path: list[tuple[Operation, Value]] = []
     while uses[id(y)] == 1 and id(y) in users:
         operation = users[id(y)][0]
         others = [x for x in operation.inputs if x is not y]
-        affine = operation.name in _AFFINE and len(others) == 1 and _known(others[0])
+        affine = operation.name in _AFFINE and len(others) == 1 and others[0].settled
         affine &= operation.name != "div" or operation.inputs[0] is y
         if not affine and operation.name != "convert_element_type":
             break
@@ -161,7 +163,7 @@ def _follow(y: Value, uses: Counter[int], users: dict[int, list[Operation]]) -> 
     return path
 
 
-def _of_params(values: Sequence[Value]) -> list[Value]:
+def of_params(values: Sequence[Value]) -> list[Value]:
     """The parameters that values are made of."""
     found: dict[int, Value] = {}
 
@@ -182,7 +184,7 @@ def _shortened(
 ) -> tuple[list[Value], list[tuple[Operation, Value]]]:
     """The chain up to where a parameter comes in that is used elsewhere too."""
     for end in range(len(path), -1, -1):
-        parts = _of_params([x for step, _ in path[:end] for x in step.inputs if _known(x)])
+        parts = of_params([x for step, _ in path[:end] for x in step.inputs if x.settled])
         if all(uses[id(x)] == 1 for x in parts):
             return parts, path[:end]
     return [], []
