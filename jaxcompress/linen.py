@@ -2,18 +2,17 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress import features, quantize
 from jaxcompress.paths import Rules, named_leaves, with_leaves
 from jaxcompress.prune import channels
+from jaxcompress.prune.channels._exported import difference, with_state_freed
 
 
 class FakeQuantized(nn.Module):
@@ -88,7 +87,7 @@ class Pruned(nn.Module):
             return out, updates, jnp.zeros(())
 
         variables = dict(self.variables)
-        small = channels.shrink(apply, self.plan.undone(variables), freed(self.plan), rederive=self.rederive)
+        small = channels.shrink(apply, self.plan.undone(variables), with_state_freed(self.plan), rederive=self.rederive)
         out, updates, _ = small(variables, args, kwargs, rngs)
         self._put(updates)
         return out
@@ -97,12 +96,6 @@ class Pruned(nn.Module):
         for collection, variables in collections.items():
             for name, value in variables.items():
                 self.put_variable(collection, name, value)
-
-
-def freed(plan: channels.Plan) -> channels.Plan:
-    """The plan for a function that returns `(out, new state, a scalar)`: the state may shrink too."""
-    patterns = [pattern for free in plan.free_out for pattern in (free, free.replace("^", "^0/"))]
-    return dataclasses.replace(plan, free_out=("|".join(f"(?:{pattern})" for pattern in (*patterns, "^[12]")),))
 
 
 def pruned(
@@ -148,16 +141,16 @@ def pruned(
     if wrong:
         path, got = wrong
         raise ValueError(
-            f"no attributes of {type(module).__name__} give the sizes that the plan leaves: {_layer(layers, path)} makes "
-            f"{path!r} of shape {got}, the plan leaves {wanted[path]}. Take linen.Pruned(module, plan), which runs any "
-            "module"
+            f"no attributes of {type(module).__name__} give the sizes that the plan leaves: {_layer(layers, path)} "
+            f"makes {path!r} of shape {got}, the plan leaves {wanted[path]}. Take linen.Pruned(module, plan), "
+            "which runs any module"
         )
     scaled = _with_scaled_queries(layers, small, plan)
 
     def run(made: nn.Module) -> Callable[..., Any]:
         return lambda v, args: (made.apply(v, *args, rngs=rngs, **kwargs), {}, jnp.zeros(()))
 
-    expected = jax.jit(channels.shrink(run(module), variables, freed(plan), rederive=rederive))(small, args)
+    expected = jax.jit(channels.shrink(run(module), variables, with_state_freed(plan), rederive=rederive))(small, args)
     apart = difference(expected, jax.jit(run(changed))(scaled, args))
     if not apart <= tolerance:
         ways = "linen.Pruned(module, plan)" if rederive else "rederive=True, or linen.Pruned(module, plan)"
@@ -171,14 +164,6 @@ def pruned(
 
 _PLAIN = {"Dense", "Conv", "BatchNorm", "Embed", "DenseGeneral", "ConvTranspose", "Einsum"}
 _MOST_TRIES = 64
-
-
-def difference(expected: Any, got: Any) -> float:
-    """The largest difference of any output, relative to its largest value; infinite where shapes differ."""
-    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True))
-    if any(np.shape(a) != np.shape(b) for a, b in pairs):
-        return math.inf
-    return max((float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-30)) for a, b in pairs), default=0.0)
 
 
 def _resized(
@@ -265,7 +250,7 @@ def _deriving(layers: Layers, plan: channels.Plan) -> str:
 
 def _with_scaled_queries(layers: Layers, small: Any, plan: channels.Plan) -> Any:
     """Attention divides by the root of a head's width, which the plan may have changed."""
-    factors = {}
+    factors: dict[str, float] = {}
     for path, (name, _) in layers.items():
         kernel = "/".join((*path, "query", "kernel"))
         kept = plan.keep.get(kernel, {}).get(2)

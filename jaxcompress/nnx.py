@@ -2,14 +2,19 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxcompress import features, quantize
 from jaxcompress.paths import Rules
+from jaxcompress.prune import channels
+from jaxcompress.prune.channels._exported import difference, with_state_freed
 
 _PATH = "jaxcompress_path"  # static, so it is part of what NNX's transforms compare and take along
 
@@ -122,3 +127,214 @@ class FakeQuantized(nnx.Module):
         nnx.replace_by_pure_dict(state, rest)
         nnx.update(self.inner, state)
         return out
+
+
+class Pruned(nnx.Module):
+    """An NNX module whose arrays are those that a plan of `prune.channels` leaves.
+
+    It runs `inner` through `channels.shrink`, so nothing in `inner` need know its sizes: reshapes in its code, grouped
+    convolutions, recurrent cells. `inner` itself holds the smaller arrays, under the paths that it had, and its new
+    state (batch statistics, random streams). It can be trained, and traced and cut again. Call it under `nnx.jit`:
+    each trace stages `inner` anew.
+
+        graph, state = nnx.split(model)
+        groups = channels.groups(lambda state, x: nnx.merge(graph, state)(x), state, x)
+        small = jaxcompress.nnx.Pruned(model, channels.plan(groups, ...))
+
+    Args:
+      module: the whole module, which stays as it is.
+      plan: of its whole state, as above; new state may shrink whether or not the plan's `free_out` says so.
+      rederive: as for `channels.shrink`.
+    """
+
+    def __init__(self, module: nnx.Module, plan: channels.Plan, *, rederive: bool = False):
+        self.inner = _cut(module, plan)
+        self.plan: Any = nnx.static(plan)
+        self.rederive = rederive
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`module(*args, **kwargs)`, at the sizes that are left."""
+        graph, state = nnx.split(self.inner)
+        plan = with_state_freed(self.plan)
+        small = channels.shrink(_with_state(graph), plan.undone(state), plan, rederive=self.rederive)
+        out, new, _ = small(state, args, kwargs)
+        nnx.update(self.inner, new)
+        return out
+
+
+def pruned(
+    module: nnx.Module, plan: channels.Plan, *args: Any, rederive: bool = False, tolerance: float = 1e-4, **kwargs: Any
+) -> nnx.Module:
+    """A module of the same class with the arrays that the plan leaves, and no trace of the whole one.
+
+    The sizes that Flax's own layers keep beside their arrays are set: features of linear, convolutional, normalising,
+    attention and recurrent layers, groups, heads. Queries of `nnx.MultiHeadAttention` are scaled where heads became
+    narrower, for it divides by the root of their width. The result is compared with `channels.shrink` on the given
+    inputs. `Pruned` takes any module.
+
+    Args:
+      module: the whole module, which stays as it is.
+      plan: as for `Pruned`.
+      *args: inputs with values like those of use.
+      rederive: compare with the smaller model whose means are divided by the widths that are left. Layers like
+        `nnx.LayerNorm` always divide so.
+      tolerance: the largest difference, relative to the largest value.
+      **kwargs: for the module.
+
+    Raises:
+      ValueError: the smaller module does not run, or computes something else; it names the layer.
+    """
+    graph, state = nnx.split(module)
+    small = _cut(module, plan)
+    for path, layer in list(nnx.iter_modules(small)):
+        _resize(layer, "/".join(map(str, path)), plan)
+    plan = with_state_freed(plan)
+    expected, _, _ = jax.jit(channels.shrink(_with_state(graph), state, plan, rederive=rederive))(
+        plan.apply(state), args, kwargs
+    )
+    small_graph, small_state = nnx.split(small)
+    try:
+        got, _, _ = jax.jit(_with_state(small_graph, _name_failures))(small_state, args, kwargs)
+    except Exception as error:
+        failed: tuple[str, Any] = getattr(error, "jaxcompress_layer", ("", small))
+        raise ValueError(
+            f"{_described(*failed)} does not run on the arrays that the plan leaves ({error}): it has sizes of its "
+            "own. Take jaxcompress.nnx.Pruned(module, plan), which runs any module"
+        ) from error
+    apart = difference(expected, got)
+    if not apart <= tolerance:
+        ways = "jaxcompress.nnx.Pruned(module, plan)"
+        derives = [
+            _described("/".join(map(str, path)), layer)
+            for path, layer in nnx.iter_modules(small)
+            if type(layer) not in _READ_FROM_ARRAYS and _lost("/".join(map(str, path)), plan)
+        ]
+        raise ValueError(
+            f"the smaller {type(module).__name__} differs by {apart:.2g} (of the largest value) from what "
+            f"channels.shrink gives{' with rederive=True' if rederive else ''}: layers compute with their widths, of "
+            f"{', '.join(derives)}. Take {ways if rederive else 'rederive=True, or ' + ways}"
+        )
+    return small
+
+
+def _cut(module: nnx.Module, plan: channels.Plan) -> Any:
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, plan.apply(state))
+
+
+def _with_state(graph: Any, prepare: Callable[[Any], None] = lambda model: None) -> Callable[..., Any]:
+    """`(state, args, kwargs) -> (out, new state, a scalar)`."""
+
+    def run(state: Any, args: Any, kwargs: Any) -> Any:
+        model = nnx.merge(graph, state)
+        prepare(model)
+        out = model(*args, **kwargs)
+        return out, nnx.state(model), jnp.zeros(())
+
+    return run
+
+
+def _resize(layer: Any, path: str, plan: channels.Plan) -> None:
+    """Sets the sizes that a layer of Flax keeps beside its arrays; those of others stay."""
+    if isinstance(layer, nnx.Linear):
+        layer.in_features, layer.out_features = layer.kernel.shape
+    elif isinstance(layer, nnx.LoRA):
+        layer.in_features, layer.out_features = layer.lora_a.shape[0], layer.lora_b.shape[1]
+    elif isinstance(layer, nnx.LinearGeneral):
+        shape, batch, inputs = layer.kernel.shape, len(layer.batch_axis), len(layer.in_features)
+        layer.batch_axis = type(layer.batch_axis)(zip(layer.batch_axis, shape[:batch], strict=True))
+        layer.in_features, layer.out_features = shape[batch : batch + inputs], shape[batch + inputs :]
+    elif isinstance(layer, nnx.Einsum):
+        layer.kernel_shape, layer.bias_shape = layer.kernel.shape, getattr(layer.bias, "shape", None)
+    elif isinstance(layer, nnx.Conv):
+        groups = layer.feature_group_count
+        if groups > 1:
+            layer.feature_group_count = _left(path, "kernel", -1, groups, plan)
+        layer.in_features = layer.kernel.shape[-2] * layer.feature_group_count
+        layer.out_features, layer.kernel_shape = layer.kernel.shape[-1], layer.kernel.shape
+    elif isinstance(layer, nnx.ConvTranspose):
+        sizes = layer.kernel.shape[-2:]
+        layer.in_features, layer.out_features = sizes[::-1] if layer.transpose_kernel else sizes
+        layer.kernel_shape = layer.kernel.shape
+    elif isinstance(layer, nnx.Embed):
+        layer.num_embeddings, layer.features = layer.embedding.shape
+    elif isinstance(layer, nnx.GroupNorm):
+        of = next((name for name in ("scale", "bias") if getattr(layer, name) is not None), None)
+        if of is not None:
+            layer.num_groups = _left(path, of, 0, layer.num_groups, plan)
+            layer.group_size = getattr(layer, of).shape[0] // layer.num_groups
+    elif isinstance(layer, nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.InstanceNorm):
+        arrays = [getattr(layer, name, None) for name in ("mean", "scale", "bias")]
+        layer.num_features = next((math.prod(x.shape) for x in arrays if x is not None), layer.num_features)
+    elif isinstance(layer, nnx.MultiHeadAttention):
+        _resize_attention(layer, path, plan)
+    elif isinstance(layer, nnx.LSTMCell):
+        layer.in_features, layer.hidden_features = layer.ii.kernel.shape[0], layer.hi.kernel.shape[0]
+    elif isinstance(layer, nnx.OptimizedLSTMCell | nnx.GRUCell | nnx.SimpleCell):
+        layer.in_features, layer.hidden_features = layer.dense_i.kernel.shape[0], layer.dense_h.kernel.shape[0]
+
+
+def _resize_attention(layer: Any, path: str, plan: channels.Plan) -> None:
+    layer.in_features, layer.num_heads, layer.head_dim = layer.query.kernel.shape
+    layer.in_kv_features, layer.num_kv_heads = layer.key.kernel.shape[:2]
+    layer.qkv_features, layer.out_features = layer.num_heads * layer.head_dim, layer.out.kernel.shape[-1]
+    whole = plan.shapes[_joined(path, "query/kernel")][2]
+    if layer.head_dim != whole and not layer.normalize_qk:
+        for x in (layer.query.kernel, layer.query.bias):
+            if x is not None:
+                x[...] = x[...] * jnp.asarray((layer.head_dim / whole) ** 0.5, x.dtype)
+
+
+def _left(path: str, name: str, axis: int, groups: int, plan: channels.Plan) -> int:
+    """How many of the groups that an axis falls into are left."""
+    full = _joined(path, name)
+    shape = plan.shapes[full]
+    axis %= len(shape)
+    kept = plan.keep.get(full, {}).get(axis, np.arange(shape[axis]))
+    return len(np.unique(kept // (shape[axis] // groups)))
+
+
+def _lost(path: str, plan: channels.Plan) -> bool:
+    return any(name.rsplit("/", 1)[0] == path for name in plan.keep)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _described(path: str, layer: Any) -> str:
+    """A layer in words, with its integers."""
+    sizes = ", ".join(
+        f"{key}={value}"
+        for key, value in vars(layer).items()
+        if not key.startswith("_") and isinstance(value, int | tuple) and not isinstance(value, bool)
+    )
+    return f"{f'the layer {path!r}' if path else 'the model itself'} ({type(layer).__name__}({sizes}))"
+
+
+def _name_failures(model: Any) -> None:
+    """Has the innermost module in `model` that fails say so: `(path, module)` in the error's `jaxcompress_layer`."""
+    for path, module in list(nnx.iter_modules(model)):
+        module.__class__ = _failing(type(module), "/".join(map(str, path)))
+
+
+def _failing(cls: type, path: str) -> type:
+    own = next((vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c)), None)
+    if own is None:
+        return cls
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(self, *args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "jaxcompress_layer"):
+                self.__class__ = cls
+                error.jaxcompress_layer = path, self  # type: ignore[attr-defined]
+            raise
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+_READ_FROM_ARRAYS = {
+    nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed, nnx.BatchNorm, nnx.InstanceNorm,
+}  # fmt: skip
