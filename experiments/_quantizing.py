@@ -102,22 +102,28 @@ class Images(Lab):
         save_plain(path, params)
         return params
 
-    def tested(self, name: str, params: Any) -> dict[str, float]:
-        """The figures, by suffix, of a network with compressed leaves, which runs on them as they are."""
-        images, labels = self.test_data(name)
-        right, bits = (float(x) for x in self._tested(params, images, labels))
+    def tested(
+        self, name: str, params: Any, apply: Callable[[Any, jax.Array], jax.Array] | None = None
+    ) -> dict[str, float]:
+        """The figures, by suffix, of a network with compressed leaves, which runs on them as they are.
+
+        `apply` is what runs it, where that is another function.
+        """
+        run = self._measure if apply is None else self._measuring(apply)
+        right, bits = (float(x) for x in run(params, *self.test_data(name)))
         return {suffix: value for suffix, value in (("", 100 * right), (" bpc", bits)) if suffix in self.figures}
 
     @functools.cached_property
-    def _tested(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        @jax.jit
-        @compressed
+    def _measure(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        return self._measuring(compressed(self.apply))
+
+    def _measuring(self, apply: Callable[[Any, jax.Array], jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
         def run(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = self.apply(params, images)
+            logits = apply(params, images)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.mean(losses) / jnp.log(2.0)
 
-        return run
+        return jax.jit(run)
 
     def columns(self, titles: Mapping[str, str]) -> list[Column]:
         """Those of a table whose figures are measured under several schemes, by key."""

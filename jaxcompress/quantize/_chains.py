@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves
 
-_INLINE = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"}
+_INLINE = {"jit", "pjit", "closed_call", "core_call"}
+_CUSTOM = {"custom_jvp_call"}
 _AFFINE = {"add", "sub", "mul", "div"}
 
 
@@ -28,6 +29,8 @@ class Value:
     leaf: int | None = None
     settled: bool = False
     """Whether it depends on parameters alone."""
+    place: int | None = None
+    """Of an argument, among all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +103,14 @@ def used(operations: Sequence[Operation], outputs: Sequence[Value]) -> tuple[Cou
     return uses, users
 
 
-def flattened(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) -> tuple[list[Operation], list[Value]]:
-    """The function's operations, with inner jits inlined, and its results; its first `n` arguments are parameters."""
+def flattened(
+    fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int, *, custom: bool = True
+) -> tuple[list[Operation], list[Value]]:
+    """The function's operations and its results; its first `n` arguments are parameters.
+
+    Inner jits are inlined; with `custom` also functions that have a derivative of their own (a rectifier).
+    """
+    inline = _INLINE | _CUSTOM if custom else _INLINE
     closed = jax.make_jaxpr(fn)(params, batch)
     operations: list[Operation] = []
 
@@ -114,7 +123,7 @@ def flattened(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) ->
 
         for eqn in jaxpr.eqns:
             inputs = tuple(read(v) for v in eqn.invars)
-            if eqn.primitive.name in _INLINE:
+            if eqn.primitive.name in inline:
                 inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
                 results = walk(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
             else:
@@ -126,7 +135,7 @@ def flattened(fn: Callable[[Any, Any], Any], params: Any, batch: Any, n: int) ->
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    args = [Value(v.aval, leaf=i if i < n else None, settled=i < n) for i, v in enumerate(closed.jaxpr.invars)]
+    args = [Value(v.aval, leaf=i if i < n else None, settled=i < n, place=i) for i, v in enumerate(closed.jaxpr.invars)]
     outputs = walk(closed.jaxpr, closed.consts, args)
     return operations, outputs
 
@@ -219,7 +228,7 @@ def _chain(
                 elif x.operation is None:
                     env[id(x)] = x.known
                 else:
-                    env[id(x)] = _bind(x.operation.eqn, [value(y) for y in x.operation.inputs])
+                    env[id(x)] = rebound(x.operation.eqn, [value(y) for y in x.operation.inputs])
             return env[id(x)]
 
         out = value(path[-1][1]) if path else env[id(start)]
@@ -249,5 +258,6 @@ def _sign(x: Array, like: Array) -> float | None:
     return next((sign for sign in (1.0, -1.0) if bool(jnp.allclose(x, sign * like, rtol=1e-4, atol=1e-6))), None)
 
 
-def _bind(eqn: Any, inputs: Sequence[Any]) -> Any:
+def rebound(eqn: Any, inputs: Sequence[Any]) -> Any:
+    """The equation's primitive on other operands."""
     return eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))

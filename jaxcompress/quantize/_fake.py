@@ -18,6 +18,7 @@ from jaxcompress.arrays._products import ON_THE_WAY, Dims
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._convert import Scheme
+from jaxcompress.quantize._live import with_folded
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
 from jaxcompress.quantize._steps import to_steps
 
@@ -26,7 +27,11 @@ R = TypeVar("R")
 
 
 def fake(
-    fn: Callable[P, R], rules: Rules[Affine | Scheme | None], ranges: Mapping[str, Range] | None = None
+    fn: Callable[P, R],
+    rules: Rules[Affine | Scheme | None],
+    ranges: Mapping[str, Range] | None = None,
+    *,
+    fold: bool = False,
 ) -> Callable[P, R]:
     """`fn` with the weights that `rules` choose rounded to their grid, and the inputs that meet them too.
 
@@ -40,13 +45,18 @@ def fake(
         `None`: leave alone. First match wins.
       ranges: of the inputs, from `input_ranges` with the same rules, as `static` takes them: what lies outside is
         clipped, and gets no gradient. Without, the inputs' steps are found as they come.
+      fold: kernels with a normalisation behind them are rounded as they will be once it is folded into them (Jacob et
+        al. 2018, section 3.2): `w * scale / sqrt(var + epsilon)` is on the grid, with the statistics that the function
+        normalises by: in training those of the batch, which come from the kernel as it is. With running averages the
+        integers are those of `convert(fold(fn, params, x), rules)`. The norms are found by tracing, in `jit` but not in
+        `scan`, `cond` or `remat`. (A symmetric grid with a step an output has the same integers with and without.)
 
     Returns:
       A function of the same signature.
 
     Raises:
       UnmatchedRuleError: when called, if a rule matches no parameter.
-      ValueError: when called, if the ranges don't fit the rules.
+      ValueError: when called, if the ranges don't fit the rules; with `fold`, if there is nothing to fold.
     """
 
     @functools.wraps(fn)
@@ -59,11 +69,15 @@ def fake(
         if ranges is not None:
             asked = [n for (n, _), s in zip(leaves, specs, strict=True) if isinstance(s, Affine) and s.activation_bits]
             check_ranges(ranges, asked)
-        views = [
-            _view(name, x, spec, None if ranges is None else ranges.get(name))
-            for (name, x), spec in zip(leaves, specs, strict=True)
-        ]
-        viewed = with_leaves(params, views, is_leaf)
+        by_name = dict(zip([name for name, _ in leaves], specs, strict=True))
+
+        def view(name: str, x: Any) -> Any:
+            return _view(name, x, by_name[name], None if ranges is None else ranges.get(name))
+
+        if fold:
+            chosen = {name: functools.partial(view, name) for name, spec in by_name.items() if spec is not None}
+            return with_folded(fn, args, kwargs, chosen, view)  # type: ignore[no-any-return]
+        viewed = with_leaves(params, [view(name, x) for name, x in leaves], is_leaf)
         return compressed(fn)(viewed, *rest, **kwargs)  # type: ignore[arg-type]
 
     return run

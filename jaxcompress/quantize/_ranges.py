@@ -249,6 +249,20 @@ def _folded(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
     return seen.middles[half:], seen.counts[half:] + seen.counts[:half][::-1]
 
 
+def hashable_ranges(ranges: Mapping[str, Range] | Iterable[tuple[str, Range]] | None) -> Any:
+    """Ranges as pairs of a path and a `Range` of plain numbers, which a module can have as an attribute."""
+    if ranges is None:
+        return None
+    pairs = ranges.items() if isinstance(ranges, Mapping) else ranges
+    return tuple((name, Range(*(_numbers(end) for end in low_high))) for name, low_high in pairs)
+
+
+def _numbers(end: Any) -> Any:
+    """A number, or tuples of tuples of numbers."""
+    end = np.asarray(end)
+    return end.item() if end.ndim == 0 else tuple(_numbers(each) for each in end)
+
+
 def check_ranges(ranges: Mapping[str, Range], wanted: Iterable[str]) -> None:
     """Raises ValueError for weights without a range, and for ranges without a weight."""
     wanted = list(wanted)
