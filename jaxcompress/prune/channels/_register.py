@@ -43,7 +43,8 @@ def register(
       replace: whether an existing rule may be replaced.
 
     Raises:
-      ValueError: the primitive has a rule, and `replace` is not set.
+      ValueError: the primitive has a rule, and `replace` is not set; where it is met: axes that do not exist, or are
+        not of one size.
     """
     if name in RULES and not replace:
         raise ValueError(f"{name!r} has a rule already; pass replace=True to put yours in its place")
@@ -51,6 +52,7 @@ def register(
     def label(tracer: Tracer, call: Call) -> list[Value]:
         shapes = [x.shape for x in call.inputs]
         found = along(shapes, call.params)
+        _check(name, found, shapes, [tuple(aval.shape) for aval in call.avals])
         why = f"meets a whole axis in {name!r}"
         passing = {axis for each in found.outputs for axis in each if axis is not None}
         passing |= {axis for together in found.agree for axis in together}
@@ -74,3 +76,28 @@ def register(
         return outs if step.primitive.multiple_results else [outs]
 
     RULES[name] = Rule(label, run)
+
+
+def _check(name: str, found: Along, operands: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]]) -> None:
+    """Raises ValueError unless the axes exist, and those that are said to be one are of one size."""
+    told = [len(axes) for axes in found.outputs]
+    if told != [len(shape) for shape in outputs]:
+        raise ValueError(f"the rule of {name!r} names outputs of {told} axes; it gave the shapes {list(outputs)}")
+
+    def size(axis: Axis) -> int:
+        i, a = axis
+        if not 0 <= i < len(operands) or not 0 <= a < len(operands[i]):
+            raise ValueError(
+                f"the rule of {name!r} names axis {a} of operand {i}; they have the shapes {list(operands)}"
+            )
+        return operands[i][a]
+
+    for together in found.agree:
+        if len({size(axis) for axis in together}) > 1:
+            raise ValueError(
+                f"the rule of {name!r} says that {list(together)} agree; their sizes are {[size(x) for x in together]}"
+            )
+    for axes, shape in zip(found.outputs, outputs, strict=True):
+        for axis, n in zip(axes, shape, strict=True):
+            if axis is not None and size(axis) != n:
+                raise ValueError(f"the rule of {name!r} takes {axis}, of size {size(axis)}, for an output axis of {n}")

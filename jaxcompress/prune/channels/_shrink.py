@@ -178,14 +178,14 @@ def verify(
         return jax.grad(total, has_aux=True)(trained)[::-1]
 
     both = eqx.filter_jit(lambda a, b: (measured(of_whole, a), measured(of_small, b)))(masked, cut)
-    (wholes, of_mask), (smalls, of_cut) = both
-    finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((wholes, of_mask)))
+    (wholes, of_mask), (smalls, of_cut) = jax.device_get(both)  # what follows would be many small compilations
+    finite = all(bool(np.isfinite(x).all()) for x in jax.tree.leaves((wholes, of_mask)))
     forward = max(
-        (_difference(a, b, jnp.abs(a).max(initial=0.0)) for a, b in zip(wholes, smalls, strict=True)), default=0.0
+        (_difference(a, b, np.abs(a).max(initial=0.0)) for a, b in zip(wholes, smalls, strict=True)), default=0.0
     )
     if not gradient:
         return Verification(forward, None, finite, tolerance)
-    scale = max((jnp.abs(x).max(initial=0.0) for x in jax.tree.leaves(of_cut)), default=0.0)
+    scale = max((np.abs(x).max(initial=0.0) for x in jax.tree.leaves(of_cut)), default=0.0)
     small_gradients = dict(paths.named_leaves(of_cut))
     backward = max(
         _difference(_kept(x, plan.keep.get(name, {})), small_gradients[name], scale)
@@ -200,9 +200,9 @@ def _inexact(leaves: list[Any]) -> list[jax.Array]:
 
 def _kept(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     for axis, kept in axes.items():
-        x = pick(x, kept, axis)
+        x = np.take(x, kept, axis) if isinstance(x, np.ndarray) else pick(x, kept, axis)
     return x
 
 
-def _difference(a: jax.Array, b: jax.Array, scale: Any) -> float:
-    return float(jnp.abs(a - b).max(initial=0.0) / jnp.maximum(scale, 1e-30))
+def _difference(a: np.ndarray, b: np.ndarray, scale: Any) -> float:
+    return float(np.abs(a - b).max(initial=0.0) / np.maximum(scale, 1e-30))
