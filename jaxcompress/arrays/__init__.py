@@ -9,6 +9,7 @@ from jaxcompress.arrays import (  # noqa: F401 (they register rules)
     _codebook_rules,
     _control,
     _quantized_rules,
+    _quantized_shapes,
     _quantized_updates,
     _sparse_rules,
 )

@@ -136,8 +136,12 @@ class Quantized(Leaf):
     @property
     def as_integers(self) -> bool:
         """Whether inputs and weights multiply as integers."""
-        whole = jnp.issubdtype(self.values.dtype, jnp.integer) and self.levels is None
-        return self.activation_bits is not None and self.zero_point is None and whole
+        return self.activation_bits is not None and self.zero_point is None and self.of_integers
+
+    @property
+    def of_integers(self) -> bool:
+        """Whether the values are integers that stand for themselves."""
+        return jnp.issubdtype(self.values.dtype, jnp.integer) and self.levels is None
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""
@@ -146,9 +150,10 @@ class Quantized(Leaf):
         return math.lcm(unit, self.group[1]) if self.group is not None and axis == self.group[0] else unit
 
     def tile(self, axis: int, start: Array, size: int) -> "Quantized":
-        """The part `start : start + size` along `axis`, cut out of the stored codes."""
+        """The part `start : start + size` along `axis`, cut out of the stored codes; or one that lies in one group."""
         if size == self.shape[axis]:
             return self
+        a_group = self.group[1] if self.group is not None and axis == self.group[0] + len(self.shape) else 1
         packed = self.length is not None and axis == len(self.shape) - 1
         a_byte = 8 // self.bits if packed else 1
         values = jax.lax.dynamic_slice_in_dim(self.values, start // a_byte, size // a_byte, axis)
@@ -156,12 +161,16 @@ class Quantized(Leaf):
         def steps(per_block: Array) -> Array:
             if per_block.shape[axis] == 1:
                 return per_block
-            a_step = -(-self.shape[axis] // per_block.shape[axis])
-            return jax.lax.dynamic_slice_in_dim(per_block, start // a_step, size // a_step, axis)
+            return jax.lax.dynamic_slice_in_dim(per_block, start // a_group, max(1, size // a_group), axis)
 
         zero_point = None if self.zero_point is None else steps(self.zero_point)
         return dataclasses.replace(
-            self, values=values, scale=steps(self.scale), zero_point=zero_point, length=size if packed else self.length
+            self,
+            values=values,
+            scale=steps(self.scale),
+            zero_point=zero_point,
+            length=size if packed else self.length,
+            group=None if size < a_group else self.group,
         )
 
     def columns(self) -> list["Quantized"]:

@@ -1,4 +1,4 @@
-"""What `Quantized` weights do without becoming dense: multiply, convolve, look up, and change shape.
+"""What `Quantized` weights do without becoming dense: multiply and convolve.
 
 A product with a weight `scale * codes` is taken apart where the scale allows it:
 
@@ -11,27 +11,20 @@ Where the weight asks for it, inputs become integers too: `x = step (codes - zer
 added up exactly, in int32; `zero` times the sum of a weight's codes is taken off, and the rest is scaled.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to, reshaped_input
+from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._products import (
     Dims,
     along_contracted,
     along_output,
-    block_map,
     compute_dtype,
-    constrain_like,
     is_float,
     register_product,
 )
@@ -54,7 +47,8 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
         product = _dot_tiles(x, w, dims, params) * scale
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
         x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.steps), dims, x.ndim)
-        product = tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims)
+        decode = _centred if w.of_integers else None
+        product = tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims, decode=decode)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
             return NotImplemented
@@ -67,7 +61,8 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
 def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     if not w.as_integers:
         x = _rounded_input(x, w, dims)
-        return tiled(lambda x, w: _dot_columns(_dot_groups, x, w, dims, params), x, w, dims)
+        decode = _scaled if w.of_integers else None
+        return tiled(lambda x, w: _dot_columns(_dot_groups, x, w, dims, params), x, w, dims, decode=decode)
     codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
     groups = functools.partial(_dot_groups, zero=zero)
     sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
@@ -81,7 +76,8 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
         return _dot_columns(_dot_floats, x, w, dims, params)
 
     if not w.as_integers:
-        return tiled(floats, _rounded_input(x, w, dims), w, dims)
+        decode = _centred if w.of_integers else None
+        return tiled(floats, _rounded_input(x, w, dims), w, dims, decode=decode)
 
     def integers(codes: Array) -> Array:
         # XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two int8 as
@@ -96,6 +92,7 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             ),
             rows=8,
             depth=1 << 10,
+            decode=_centred,
         )
 
     codes, step, zero = _input_codes(x, w, dims)
@@ -142,6 +139,18 @@ def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
     """The sum of the codes over the contracted axes, int32, along the output's axes."""
     sums = jnp.sum(codes, axis=dims.w_contract, keepdims=True, dtype=jnp.int32)
     return along_output(sums, dims.w_contract, dims.w_batch, before=len(dims.x_free(x_ndim)), after=0)
+
+
+def _centred(w: Quantized, dtype: Any) -> list[Array]:
+    return [column.centred(dtype) for column in _columns(w)]
+
+
+def _scaled(w: Quantized, dtype: Any) -> list[Array]:
+    return [column.centred(dtype) * column.steps.astype(dtype) for column in _columns(w)]
+
+
+def _columns(w: Quantized) -> list[Quantized]:
+    return [w] if w.length is None or w.length % (8 // w.bits) else w.columns()
 
 
 def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
@@ -276,128 +285,3 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
 
 def _along(vector: Array, ndim: int, axis: int) -> Array:
     return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-@register(lax.gather_p)
-def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
-    """A lookup (`Embed`) takes the integers and the scales of the rows it wants, and leaves the table alone.
-
-    An index out of range reads the code 0 where the dense table would give NaN.
-    """
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
-    rest = [axis for axis in range(w.ndim) if axis not in looked_up]
-    shared = all(w.scale.shape[axis] == 1 for axis in looked_up)
-    own = all(w.scale.shape[axis] == w.shape[axis] for axis in looked_up)
-    whole = all(sizes[axis] == w.shape[axis] for axis in rest)
-    if not (whole and (shared or own)):
-        return NotImplemented
-
-    def look_up(per_block: Array) -> Array:
-        spread = w.spread(per_block)
-        block_sizes = tuple(sizes[axis] if axis in looked_up else spread.shape[axis] for axis in range(w.ndim))
-        if own:
-            fill = params["fill_value"] if is_float(spread) else 0  # the dense table's may be NaN
-            return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes, "fill_value": fill})
-        kept = [
-            axis
-            for axis in range(w.ndim)
-            if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        ]
-        out_ndim = len(numbers.offset_dims) + jnp.ndim(indices) - 1
-        laid = [1] * out_ndim
-        for out_axis, axis in zip(numbers.offset_dims, kept, strict=True):
-            laid[out_axis] = spread.shape[axis]
-        return spread.reshape(laid)
-
-    codes = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0})
-    found = w.numbers(codes, jnp.float32)
-    if w.zero_point is not None:
-        found -= look_up(w.zero_point).astype(jnp.float32)
-    return (found * look_up(w.steps)).astype(w.dtype)
-
-
-@register(lax.transpose_p)
-def _transpose(w: Quantized, *, permutation: tuple[int, ...]) -> Quantized:
-    group = w.group and (permutation.index(w.group[0] + w.ndim) - w.ndim, w.group[1])
-    return _rearranged(w, lambda x: jnp.transpose(x, permutation), group)
-
-
-@register(lax.rev_p)
-def _rev(w: Quantized, *, dimensions: tuple[int, ...]) -> Quantized:
-    if w.group is not None:
-        return NotImplemented
-    return _rearranged(w, lambda x: lax.rev(x, dimensions), None)
-
-
-@register(lax.reshape_p)
-def _reshape(w: Quantized, **params: Any) -> Any:
-    return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
-
-
-@register(lax.squeeze_p)
-def _squeeze(w: Quantized, *, dimensions: tuple[int, ...]) -> Any:
-    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
-
-
-def _reshaped(w: Quantized, shape: tuple[int, ...]) -> Any:
-    """The leaf in another shape, where its scales can follow."""
-    blocks = block_map(w.shape, shape)
-    if blocks is None:
-        return NotImplemented
-    scale_shape, group = [1] * len(shape), None
-    for old, new in blocks:
-        wide = [axis for axis in old if w.shape[axis] > 1]
-        steps = math.prod(w.scale.shape[axis] for axis in old)
-        if steps == 1:
-            continue
-        if steps == math.prod(w.shape[axis] for axis in old):
-            for axis in new:
-                scale_shape[axis] = shape[axis]
-        elif len(wide) == 1 and (target := [axis for axis in new if shape[axis] == w.shape[wide[0]]]):
-            scale_shape[target[0]] = steps
-        else:
-            return NotImplemented
-        if w.group and w.group[0] + w.ndim in old and steps != math.prod(w.shape[axis] for axis in old):
-            group = (next(axis for axis in new if scale_shape[axis] == steps) - len(shape), w.group[1])
-    inputs = [None if x is None else reshaped_input(x, w.shape, shape) for x in (w.input_scale, w.input_zero_point)]
-    if w.input_scale is not None and inputs[0] is None:
-        return NotImplemented
-    return _with_children(w, w.codes().reshape(shape), lambda x: x.reshape(scale_shape), group, inputs)
-
-
-def _rearranged(w: Quantized, move: Any, group: tuple[int, int] | None) -> Quantized:
-    inputs = [None if x is None else move(x) for x in (w.input_scale, w.input_zero_point)]
-    return _with_children(w, move(w.codes()), move, group, inputs)
-
-
-def _with_children(
-    w: Quantized, codes: Array, move: Any, group: tuple[int, int] | None, inputs: Sequence[Array | None]
-) -> Quantized:
-    """A temporary leaf on unpacked codes."""
-    return dataclasses.replace(
-        w,
-        values=codes,
-        scale=move(w.scale),
-        zero_point=None if w.zero_point is None else move(w.zero_point),
-        bits=8,
-        length=None,
-        group=group,
-        input_scale=inputs[0],
-        input_zero_point=inputs[1],
-    )
-
-
-@register(lax.convert_element_type_p)
-def _convert(w: Quantized, **params: Any) -> Any:
-    if not jax.dtypes.issubdtype(params["new_dtype"], jnp.floating):
-        return NotImplemented
-    return dataclasses.replace(w, compute_dtype=jnp.dtype(params["new_dtype"]).name)
-
-
-@register(primitives.sharding_constraint_p)
-def _sharding_constraint(w: Quantized, **params: Any) -> Quantized:
-    values = constrain_like(w.values, w.shape, params)
-    scale = constrain_like(w.scale, w.shape, params)
-    zero_point = None if w.zero_point is None else constrain_like(w.zero_point, w.shape, params)
-    return dataclasses.replace(w, values=values, scale=scale, zero_point=zero_point)

@@ -2,7 +2,8 @@
 
 XLA fuses the decoding of a weight into a product on GPU and TPU. On a CPU it does not: it writes the whole float weight
 to memory first, and a product that should read a byte a weight moves nine. Here a loop decodes a tile that fits the
-cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles.
+cache, multiplies, and adds up; a gradient decodes again instead of keeping the tiles. For few rows of input there is
+the faster `by_lanes`.
 """
 
 import math
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxcompress.arrays._lanes import Decode, by_lanes, suits
 from jaxcompress.arrays._products import Dims
 
 W = TypeVar("W", bound="Tileable")
@@ -47,8 +49,9 @@ def tiled(
     whole: Callable[[], Array] | None = None,
     rows: int | None = None,
     depth: int = TILE,
+    decode: Decode | None = None,
 ) -> Array:
-    """`product(x, w)`, tile by tile on a single CPU.
+    """`product(x, w)`, tile by tile on a single CPU; for few rows of `x` decoded and multiplied at once.
 
     Args:
       product: of an input and a weight with the dimension numbers `dims`, in the dtype to add up in: it is summed over
@@ -59,6 +62,7 @@ def tiled(
       whole: what to do where tiles don't pay; `product(x, w)` by default.
       rows: the most rows of input for which tiles pay; any number by default.
       depth: the most contracted weights that one tile may add up.
+      decode: what `product` multiplies by, as `by_lanes` wants it; without, few rows go tile by tile too.
     """
     at_once = whole if whole is not None else lambda: product(x, w)
     count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
@@ -67,7 +71,21 @@ def tiled(
     few = rows is None or count <= rows
     if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
         return at_once()
-    return lax.platform_dependent(cpu=lambda: _loops(product, x, w, dims, *plan), default=at_once)
+
+    def loops(x: Array, w: W) -> Array:
+        return _loops(product, x, w, dims, *plan)
+
+    if decode is None or not suits(decode, w, dims, count, depth):
+        return lax.platform_dependent(cpu=lambda: loops(x, w), default=at_once)
+    return lax.platform_dependent(cpu=lambda: _lanes(product, loops, decode, x, w, dims), default=at_once)
+
+
+def _lanes(product: Callable[[Array, W], Array], loops: Any, decode: Decode, x: Array, w: W, dims: Dims) -> Array:
+    dtype = jax.eval_shape(product, x, w).dtype
+    multiply = jax.custom_jvp(lambda x, w: by_lanes(decode, x, w, dims, dtype))
+    # derivatives are those of the tiles: XLA makes slow loops of the transposed passes
+    multiply.defjvp(lambda at, along: (multiply(*at), jax.jvp(loops, at, along)[1]))
+    return multiply(x, w)
 
 
 def _plan(w: Any, dims: Dims, depth: int, width: int) -> tuple[int, int, int, int] | None:

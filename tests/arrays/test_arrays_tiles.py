@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from jaxcompress import compressed
-from jaxcompress.arrays import Quantized, _tiles
+from jaxcompress.arrays import Quantized, _lanes, _tiles
 from jaxcompress.quantize import Affine, quantize
 
 
@@ -83,6 +83,47 @@ def test_products(small_tiles, case: str, spec: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
     if case in ("dense", "from heads", "tied, backwards") and spec == "int8":
         assert loops(product, x, w) >= 1
+
+
+QUICK_FEW = {"int8", "int4", "groups"}
+FEW_ROWS = {
+    "dense": ((2, 64), (64, 48), "ik,kn->in"),
+    "to heads": ((1, 2, 64), (64, 4, 12), "bsk,khd->bshd"),
+    "weight first": ((64, 2), (64, 48), "kn,ki->ni"),
+    "batched": ((3, 2, 64), (3, 64, 24), "bik,bkn->bin"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    [
+        pytest.param(case, spec, marks=() if case == "dense" and spec in QUICK_FEW else pytest.mark.slow)
+        for case in FEW_ROWS
+        for spec in SPECS
+        if (case, spec) not in {("dense", "int2"), ("dense", "int4, zero points")}
+    ],
+)
+def test_few_rows_meet_no_decoded_weight(small_tiles, monkeypatch, case: str, spec: str) -> None:
+    """As above; and the only products are those for other platforms: what runs here is one loop of arithmetic."""
+    monkeypatch.setattr(_lanes, "LEAST", 64)
+    monkeypatch.setattr(_lanes, "FEW", 8)
+    x_shape, w_shape, formula = FEW_ROWS[case]
+    chosen = Affine(axes=(0, 2)) if (case, spec) == ("batched", "int8") else SPECS[spec]
+    x, w = normal(*x_shape), quantize(normal(*w_shape, seed=1), chosen)
+    operands = (lambda x, w: (w, x)) if case == "weight first" else (lambda x, w: (x, w))
+    product = compressed(lambda x, w: jnp.einsum(formula, *operands(x, w)))
+
+    @jax.jit
+    def value_and_slopes(x: jax.Array, w: jax.Array | Quantized) -> tuple[jax.Array, jax.Array, jax.Array]:
+        value, pull = jax.vjp(lambda x: product(x, w), x)
+        return value, pull(jnp.sin(value))[0], jax.jvp(lambda x: product(x, w), (x,), (jnp.cos(x),))[1]
+
+    for got, want in zip(value_and_slopes(x, w), value_and_slopes(x, w.materialise()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+    if w.group is None or case != "batched":
+        compiled = jax.jit(product).lower(x, w).compile().as_text()
+        assert "while" in compiled
+        assert not re.search(r" dot\(|__onednn|__ynn|eigen", compiled)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
