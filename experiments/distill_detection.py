@@ -32,8 +32,8 @@ class Config(_distilling.Config):
     width: int = 128
     """Of the images, in pixels."""
     batch_size: int = 8
-    epochs: int = 24
-    teacher_epochs: int = 40
+    epochs: int = 18
+    teacher_epochs: int = 30
     rate: float = 3e-3
     student: tuple[int, int, int] = (8, 16, 24)
     """Channels of the backbone's three sizes."""
@@ -82,7 +82,8 @@ class SceneRoom(Room):
         assert isinstance(train, Scenes) and isinstance(validation, Scenes)
         self.images, self.labels = mirrored(train.inputs()[: config.examples], train.boxes[: config.examples])
         self.validation = (jnp.asarray(validation.inputs()), jnp.asarray(validation.boxes))
-        self.size = self.images.shape[1:3]
+        self.size: tuple[int, int] = (self.images.shape[1], self.images.shape[2])
+        self.regions = config.regions
         self.batch = min(config.batch_size, len(self.labels))
         self.steps = len(self.labels) // 4 // self.batch  # as many as the images without their mirrored ones fill
         self._test, self._forward, self._init = None, {}, {}
@@ -91,7 +92,7 @@ class SceneRoom(Room):
         """mAP@0.5 and each class's, in per cent."""
         if model not in self._forward:
             bases = anchors(*self.size, model.sides)
-            self._forward[model] = jax.jit(partial(everything, model, bases, self.size, self.config.regions))
+            self._forward[model] = jax.jit(partial(everything, model, bases, self.size, self.regions))
         run, found = self._forward[model], []
         images = jnp.asarray(split.inputs())
         for i in range(0, len(images), 8):
@@ -195,7 +196,7 @@ def map_shape(room: SceneRoom, model: Detector) -> tuple[int, int, int]:
     """Height, width and channels of a detector's features."""
     found = jax.eval_shape(model.init, jax.random.key(0), room.images[:1])
     features = jax.eval_shape(partial(model.apply, method=Detector.features), found, room.images[:1])
-    return features.shape[1:]  # type: ignore[return-value]
+    return features.shape[1:]
 
 
 def outputs_of(room: SceneRoom, model: Detector, variables: Any) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def main(config: Config) -> _results.Result:
     for who, widths in sizes.items():
         teacher = make(widths)
         teach = room.learner(teacher, detection_loss(c, room, teacher), epochs=c.teacher_epochs)
-        variables = room.trained(who, teacher, lambda who=who, teach=teach: teach(who, 0))
+        variables = room.trained(who, teacher, partial(teach, who, 0))
         one(who, 0, teacher, lambda variables=variables: variables)
         rows = outputs_of(room, teacher, variables)
         adapt = distill.conv_projector(map_shape(room, student), map_shape(room, teacher))

@@ -64,7 +64,7 @@ class Config(_distilling.Config):
     """How often a word of the vocabulary occurs in the training sentences."""
     teacher: Size = DEEP
     student: Size = SHALLOW
-    masked_epochs: int = 5
+    masked_epochs: int = 3
     """Of guessing masked words."""
     labelled_epochs: int = 4
     """Of the teacher's training on labels."""
@@ -75,6 +75,8 @@ class Config(_distilling.Config):
     rate: float = 1e-3
     """The teacher's largest learning rate, after 100 steps; falls to zero along a cosine."""
     student_rate: float = 2e-3
+    dropout: float = 0.1
+    """Of the teacher, behind its embeddings and each half of a layer; the student has none."""
     dropped: float = 0.3
     """The share of the words that are masked where labels or predictions are learned."""
 
@@ -216,7 +218,9 @@ def main(config: Config) -> _results.Result:
     """Trains the teacher and the students, and writes the result and the figure."""
     c, room = config, TextRoom(config, config.tokens, config.at_least)
     words = {"vocabulary": len(room.vocabulary), "positions": c.tokens}
-    teacher, student = (Reader(size._replace(**words), classes=room.dataset.classes) for size in (c.teacher, c.student))
+    classes = room.dataset.classes
+    teacher = Reader(c.teacher._replace(**words), c.dropout, classes)
+    student = Reader(c.student._replace(**words), classes=classes)
     figures: list[tuple[str, int, dict[str, float]]] = []
 
     def measured(name: str, seed: int, model: Reader, learn: Callable[[], Any]) -> None:
@@ -237,8 +241,8 @@ def main(config: Config) -> _results.Result:
     guides = {who: layer_tables(room, teacher, variables, layer_map) for who, variables in teachers.items()}
     pupil = Pupil(room, c, student, guides, room.logits(teacher, teachers["fine-tuned"]))
     for seed in range(c.seeds):
-        measured(SCRATCH, seed, student, lambda seed=seed: pupil.alone(f"{SCRATCH} {seed}", seed, 0.0))
-        measured(SOFT, seed, student, lambda seed=seed: pupil.alone(f"{SOFT} {seed}", seed, 1.0))
+        measured(SCRATCH, seed, student, partial(pupil.alone, f"{SCRATCH} {seed}", seed, 0.0))
+        measured(SOFT, seed, student, partial(pupil.alone, f"{SOFT} {seed}", seed, 1.0))
         reached: dict[str, Any] = {}
 
         def both(name: str, weights: Any, share: float = 1.0, seed: int = seed, reached: Any = reached) -> Any:
@@ -286,7 +290,7 @@ def reported(config: Config, room: TextRoom, figures: Any, choice: Choice) -> _r
             f" {c.masked_epochs} epochs and learns labels for {c.labelled_epochs}; students learn from layers for"
             f" {c.general_epochs} and {c.epochs} epochs and from predictions for {c.epochs}; those without layers learn"
             f" for as long. AdamW, largest rates {c.rate:g} and {c.student_rate:g}. Where labels or predictions are"
-            f" learned, {c.dropped:.0%} of the words are masked.",
+            f" learned, {c.dropped:.0%} of the words are masked; the teacher has dropout {c.dropout:g}.",
             "One teacher for all seeds. General and task text are the same sentences; no text was added, which the"
             " paper found to matter most. Without a loss means in both phases of the layers.",
         ],

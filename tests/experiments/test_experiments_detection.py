@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import zipfile
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from experiments._detector import (
 )
 from experiments.data import DataNotFoundError
 from experiments.data._scenes import MOST, annotated, load_scenes
-from experiments.distill_detection import NOTHING, SHORT, SceneRoom, detection_loss, head_loss, mirrored
+from experiments.distill_detection import SHORT, SceneRoom, detection_loss, head_loss, mirrored
 
 
 def cell(name: str, box: tuple[int, ...]) -> str:
@@ -141,7 +142,7 @@ def test_crops_interpolate_between_four_cells():
     """Against bilinear interpolation by a loop, at the borders too."""
     features = np.random.default_rng(0).normal(size=(1, 4, 5, 2)).astype(np.float32)
     regions = np.array([[[4, 6, 30, 28], [-5, -5, 50, 60], [8, 8, 8, 8]]], np.float32)
-    found = np.asarray(cropped(jnp.asarray(features), jnp.asarray(regions)))
+    found = np.asarray(jax.jit(cropped)(features, regions))
     for r, (left, top, right, bottom) in enumerate(regions[0]):
         for i in range(CROP):
             for j in range(CROP):
@@ -161,7 +162,7 @@ def test_suppression_is_the_greedy_one():
     low = rng.uniform(0, 30, (40, 2))
     boxes = np.concatenate([low, low + rng.uniform(4, 20, (40, 2))], axis=1).astype(np.float32)
     scores = rng.random(40).astype(np.float32)
-    which, real = (np.asarray(x) for x in kept(jnp.asarray(boxes), jnp.asarray(scores), 40, 0.3))
+    which, real = (np.asarray(x) for x in jax.jit(partial(kept, number=40, overlap=0.3))(boxes, scores))
     common, expected = overlaps(boxes, boxes), []
     for i in np.argsort(-scores):
         if all(common[i, j] <= 0.3 for j in expected):
@@ -171,37 +172,48 @@ def test_suppression_is_the_greedy_one():
 
 
 def test_anchors_and_regions_are_matched_and_drawn():
-    bases = anchors(32, 32, (8, 16))
-    things = jnp.zeros((4, 5)).at[0].set(jnp.array([8, 8, 16, 16, 3])).at[1].set(jnp.array([0, 20, 5, 25, 1]))
-    found = assigned(bases, things, jax.random.key(0), number=12, objects=6, little=0.3, best=True)
-    labels, counts = np.asarray(found.labels), np.asarray(found.counts)
+    bases = jnp.concatenate([anchors(32, 32, (8, 16)), jnp.zeros((5, 4))])
+    run = jax.jit(partial(assigned, little=0.3, best=True), static_argnames=("number", "objects"))
+    things = jnp.zeros((4, 5)).at[:2].set(jnp.array([[8, 8, 16, 16, 3], [0, 20, 5, 25, 1]]))
+    found = jax.tree.map(np.asarray, run(bases, things, jax.random.key(0), number=12, objects=6))
+    labels, counts = found.labels, found.counts
     assert labels[2 * 5] == 3 and (labels[counts] > 0).sum() == (labels > 0).sum() and counts.sum() == 12
     small = np.flatnonzero(labels == 1)
     assert len(small) == 1  # overlaps by less than a half, but none by more
-    np.testing.assert_allclose(decoded(found.offsets, bases, 32, 32)[small[0]], things[1, :4], rtol=1e-4, atol=1e-4)
-    none = assigned(bases, jnp.zeros((4, 5)), jax.random.key(0), number=12, objects=6, best=True)
-    assert not none.labels.any() and int(none.counts.sum()) == 12 and bool(jnp.all(jnp.isfinite(none.offsets)))
-    few = assigned(bases, things, jax.random.key(1), number=4, objects=1, little=0.3, best=True)
-    assert int((few.counts & (few.labels > 0)).sum()) == 1 and int(few.counts.sum()) == 4
-    empty = assigned(jnp.zeros((5, 4)), things, jax.random.key(0), number=4, objects=2)
-    assert not empty.counts.any()
+    boxes = decoded(found.offsets, bases, 32, 32)
+    np.testing.assert_allclose(boxes[small[0]], things[1, :4], rtol=1e-4, atol=1e-4)
+    none = jax.tree.map(np.asarray, run(bases, jnp.zeros((4, 5)), jax.random.key(0), number=12, objects=6))
+    assert not none.labels.any() and none.counts.sum() == 12 and np.isfinite(none.offsets).all()
+    few = jax.tree.map(np.asarray, run(bases, things, jax.random.key(1), number=4, objects=1))
+    assert (few.counts & (few.labels > 0)).sum() == 1 and few.counts.sum() == 4
+    assert not any(x.counts[-5:].any() for x in (found, none, few))  # those have no area
 
 
 def test_proposals_and_detections_of_what_is_there():
     """Where the heads say exactly what is there, one detection an object comes out."""
     bases = anchors(32, 48, (8, 16))
     things = jnp.array([[8, 8, 16, 16, 3], [24, 2, 38, 18, 1.0]])
-    overlap = shared(bases, things[:, :4])
-    best = jnp.argmax(overlap, axis=1)
-    inside = jnp.max(overlap, axis=1)
-    first = Outputs(jnp.stack([-20 * (inside - 0.3), 20 * (inside - 0.3)], 1), encoded(things[best, :4], bases))
-    regions = proposed(first, bases, (32, 48), 6)
-    np.testing.assert_allclose(np.asarray(regions)[:2], np.asarray(things)[:, :4], atol=1e-2)
-    names = jnp.argmax(shared(regions, things[:, :4]), axis=1)
-    sure = jax.nn.one_hot(jnp.where(jnp.max(shared(regions, things[:, :4]), 1) > 0.5, things[names, 4], 0), 4) * 20
-    boxes, scores, classes = detected(Outputs(sure, jnp.zeros((6, 4))), regions, (32, 48), 6)
-    assert sorted(np.asarray(classes[scores > 0.5]).tolist()) == [1, 3]
-    found = Detections(*(np.asarray(x)[np.asarray(scores) > 0.5] for x in (boxes, scores, classes)))
+
+    @jax.jit
+    def run() -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def nearest(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+            overlap = shared(boxes, things[:, :4])
+            return jnp.max(overlap, axis=1), jnp.argmax(overlap, axis=1)
+
+        inside, best = nearest(bases)
+        sure = 20 * (inside - 0.3)
+        first = Outputs(jnp.stack([-sure, sure], axis=1), encoded(things[best, :4], bases))
+        regions = proposed(first, bases, (32, 48), 6)
+        inside, best = nearest(regions)
+        named = jnp.where(inside > 0.5, things[best, 4], 0).astype(int)
+        second = Outputs(20 * jax.nn.one_hot(named, 4), jnp.zeros((6, 4)))
+        return regions, detected(second, regions, (32, 48), 6)
+
+    regions, (boxes, scores, classes) = run()
+    np.testing.assert_allclose(regions[:2], things[:, :4], atol=1e-2)
+    kept_ones = np.asarray(scores) > 0.5
+    assert sorted(np.asarray(classes)[kept_ones].tolist()) == [1, 3]
+    found = Detections(*(np.asarray(x)[kept_ones] for x in (boxes, scores, classes)))
     assert mean_average_precision([found], np.asarray(things)[None], classes=3)[0] == 1
 
 
@@ -219,9 +231,10 @@ def test_a_heads_loss_by_hand():
     smooth = np.where(off < 1, off**2 / 2, off - 0.5).sum()
     squares = [(np.asarray(x.offsets - wanted.offsets)[0] ** 2).sum() for x in (s, t)]
     bounded = squares[0] if squares[0] > squares[1] else 0
-    plain = head_loss(s, t, wanted, NOTHING, 1.5)
+    run = jax.jit(partial(head_loss, background=1.5))
+    plain = run(s, t, wanted, {key: 0.0 for key in ("soft", "bound")})
     assert float(plain) == pytest.approx((sum(hard) + smooth) / 2, rel=1e-5)
-    both = head_loss(s, t, wanted, {"soft": 0.4, "bound": 0.5}, 1.5)
+    both = run(s, t, wanted, {"soft": 0.4, "bound": 0.5})
     assert float(both) == pytest.approx((0.6 * sum(hard) + 0.4 * sum(soft) + smooth + 0.5 * bounded) / 2, rel=1e-5)
 
 
