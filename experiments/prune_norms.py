@@ -121,8 +121,8 @@ def main(config: Config) -> _results.Result:
         source="Test accuracy in %. No paper has this comparison: what modules do that read their sizes from their"
         " arrays is the second way.",
         command=command("prune_norms", config),
-        selection="the rates were fixed beforehand; lengths and ratios after a shorter trial run at 50%, in which all was lost"
-        " at once",
+        selection="the rates were fixed beforehand; lengths and ratios after a shorter trial run at 50%, in which all"
+        " was lost at once",
         columns=columns,
         rows=rows,
         pairs=[(column.key, f"{title}, as traced", f"{title}, re-derived") for title in MODELS for column in columns]

@@ -68,6 +68,7 @@ def test_sharded_parameters_stay_sharded_and_train_as_on_one_device():
         assert len(many[name].sharding.device_set) == 8
 
 
+@pytest.mark.slow
 def test_rounds_of_cutting_and_distilling_reach_the_size_and_stay_near_the_teacher():
     """Half the units in three rounds, each from the norms that training left, by the whole model's soft targets."""
     teacher = net(PARAMS, X)

@@ -18,3 +18,7 @@ def test_the_guide_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None
     assert "verified: True True True" in out
     assert "state: (16, 32)" in out
     assert re.search(r"kept: \(8, 4\)", out)
+    assert re.findall(r"round: ([0-9.]+), learned: True", out) == ["0.75", "0.65", "0.55"]
+    assert "units left: True" in out
+    assert "linen: 16 True" in out
+    assert "nnx: 2 4" in out
