@@ -13,6 +13,7 @@ from jaxcompress import features, quantize
 from jaxcompress.paths import Rules, named_leaves, with_leaves
 from jaxcompress.prune import channels
 from jaxcompress.prune.channels._exported import difference, with_state_freed
+from jaxcompress.quantize._ranges import hashable_ranges
 
 
 class FakeQuantized(nn.Module):
@@ -26,10 +27,17 @@ class FakeQuantized(nn.Module):
     Attributes:
       inner: the module.
       rules: as in `jaxcompress.quantize.fake`, on `inner`'s paths; a tuple of pairs, for Linen hashes modules.
+      ranges: of the inputs, as in `fake`: what `quantize.input_ranges` gives for `inner`.
     """
 
     inner: nn.Module
     rules: Rules[quantize.Affine | None]
+    ranges: Any = None
+
+    def __post_init__(self) -> None:
+        """Makes the ranges hashable, too."""
+        self.ranges = hashable_ranges(self.ranges)
+        super().__post_init__()
 
     def setup(self) -> None:
         """Puts `inner`'s variables in this module's own place."""
@@ -42,7 +50,8 @@ class FakeQuantized(nn.Module):
         assert self.scope is not None
         mutable = [name for name in self.variables if self.is_mutable_collection(name) and name != "params"]
         rngs = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
-        apply = quantize.fake(self.inner.clone(parent=None).apply, self.rules)
+        ranges = None if self.ranges is None else dict(self.ranges)
+        apply = quantize.fake(self.inner.clone(parent=None).apply, self.rules, ranges)
         out, updates = apply(dict(self.variables), *args, **kwargs, rngs=rngs, mutable=mutable)
         for collection, variables in updates.items():
             for name, value in variables.items():

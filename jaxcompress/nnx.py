@@ -15,6 +15,7 @@ from jaxcompress import features, quantize
 from jaxcompress.paths import Rules
 from jaxcompress.prune import channels
 from jaxcompress.prune.channels._exported import difference, with_state_freed
+from jaxcompress.quantize._ranges import hashable_ranges
 
 _PATH = "jaxcompress_path"  # static, so it is part of what NNX's transforms compare and take along
 
@@ -114,15 +115,23 @@ class FakeQuantized(nnx.Module):
     model = nnx.FakeQuantized(Net(rngs=rngs), rules=[("kernel$", quantize.Affine(bits=8, activation_bits=8))])
     """
 
-    def __init__(self, inner: nnx.Module, rules: Rules[quantize.Affine | None]):
+    def __init__(
+        self,
+        inner: nnx.Module,
+        rules: Rules[quantize.Affine | None],
+        ranges: Mapping[str, quantize.Range] | None = None,
+    ):
+        """`rules` and `ranges` as in `quantize.fake`; these come from `input_ranges` of `functional(inner)`."""
         self.inner = inner
+        self.ranges: Any = nnx.static(hashable_ranges(ranges))
         pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
         self.rules: Any = nnx.static(tuple(pairs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`inner(*args, **kwargs)`, with the chosen weights and their inputs rounded."""
         apply, params, rest = functional(self.inner)
-        out, rest = quantize.fake(apply, self.rules)(params, rest, *args, **kwargs)
+        ranges = None if self.ranges is None else dict(self.ranges)
+        out, rest = quantize.fake(apply, self.rules, ranges)(params, rest, *args, **kwargs)
         state = _split(self.inner)[2]
         nnx.replace_by_pure_dict(state, rest)
         nnx.update(self.inner, state)

@@ -49,7 +49,7 @@ def fake(
         al. 2018, section 3.2): `w * scale / sqrt(var + epsilon)` is on the grid, with the statistics that the function
         normalises by: in training those of the batch, which come from the kernel as it is. With running averages the
         integers are those of `convert(fold(fn, params, x), rules)`. The norms are found by tracing, in `jit` but not in
-        `scan`, `cond` or `remat`. (A symmetric grid with a step an output has the same integers with and without.)
+        `scan`, `cond` or `remat`. (With a step an output the integers are the same with and without.)
 
     Returns:
       A function of the same signature.
@@ -76,7 +76,7 @@ def fake(
 
         if fold:
             chosen = {name: functools.partial(view, name) for name, spec in by_name.items() if spec is not None}
-            return with_folded(fn, args, kwargs, chosen, view)  # type: ignore[no-any-return]
+            return with_folded(fn, args, kwargs, chosen, view)
         viewed = with_leaves(params, [view(name, x) for name, x in leaves], is_leaf)
         return compressed(fn)(viewed, *rest, **kwargs)  # type: ignore[arg-type]
 

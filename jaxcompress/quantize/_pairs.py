@@ -54,10 +54,9 @@ def pairs(
         if start is None or uses[id(start)] != 1:
             continue
         value, added = _with_shifts(operation.results[0], uses, users)
-        behind = _weights_behind(value, users, ends)
-        parts = [start, *added]
-        if behind and all(x.leaf is not None and uses[id(x)] == 1 for x in (*parts, *behind)):
-            candidates.append(([names[x.leaf or 0] for x in parts], [names[x.leaf or 0] for x in behind]))
+        met, parts = _weights_behind(value, users, ends), [start, *added]
+        if met and all(x.leaf is not None and uses[id(x)] == 1 for x in (*parts, *met)):
+            candidates.append(([names[x.leaf or 0] for x in parts], [names[x.leaf or 0] for x in met]))
     weights = list(dict.fromkeys(name for _, behind in candidates for name in behind))
     if not weights:
         return []

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxcompress.nnx
 from jaxcompress import linen, quantize
-from jaxcompress.arrays import compressed, watch
+from jaxcompress.arrays import compressed, dense, watch
 from jaxcompress.paths import UnmatchedRuleError
 
 SPEC = quantize.Affine(bits=8, activation_bits=8)
@@ -111,6 +111,40 @@ def test_a_float_teacher_and_a_quantized_student_do_not_touch_each_other(net):
     assert float(jnp.max(jnp.abs(student - teacher))) > 1e-3
 
 
+def test_no_way_to_use_a_weight_lets_teacher_and_student_touch(rng):
+    """In one trace, the same function twice: the student is what its rounded weights make, the teacher is as it was."""
+    helper = jax.jit(lambda x, w: jnp.tanh(x @ w))  # of the user, traced before either runs
+
+    def fn(p, tokens):
+        x = p["table"][tokens]  # looked up here, and a product at the end: tied
+        x = x + x @ p["a"] + jnp.dot(x, p["b"]) + helper(x, p["c"])  # a to d are of one shape
+        x = x + x @ (p["gain"] * p["d"] / jnp.linalg.norm(p["d"], axis=0))  # weight norm
+        cell = lambda h, x: (jnp.tanh(h @ p["state"] + x @ p["input"]), h)  # noqa: E731
+        h, _ = jax.lax.scan(cell, jnp.zeros(x.shape[1:]), x)
+        return h @ p["table"].T
+
+    shapes = {name: (6, 6) for name in ("a", "b", "c", "d", "state", "input")} | {"table": (9, 6), "gain": (6,)}
+    params = {name: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32) for name, shape in shapes.items()}
+    tokens = jnp.asarray(rng.integers(0, 9, (4, 3)))
+    helper(jnp.ones((3, 6)), params["c"])
+    wanted = jax.jit(fn)(params, tokens)
+    rules = {"^(a|c|d|state|table)$": quantize.Affine(3, axes=())}
+
+    @jax.jit
+    def both(params, tokens):
+        student = quantize.fake(fn, rules)
+        gradient = jax.grad(lambda p: jnp.sum(student(p, tokens) * fn(params, tokens)))(params)
+        return fn(params, tokens), student(params, tokens), fn(params, tokens), gradient
+
+    before, student, after, gradient = both(params, tokens)
+    np.testing.assert_array_equal(before, after)
+    np.testing.assert_allclose(before, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(fn)(params, tokens), wanted)
+    np.testing.assert_allclose(student, fn(dense(quantize.convert(params, rules)), tokens), rtol=1e-4, atol=1e-5)
+    assert float(jnp.max(jnp.abs(student - before))) > 1e-2
+    assert all(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(gradient))
+
+
 def test_two_weights_of_one_shape_are_told_apart():
     params = {"a": jnp.asarray([[0.3, 0.7], [0.123, 1.0]]), "b": jnp.asarray([[0.3, 0.7], [0.123, 1.0]])}
     out = quantize.fake(lambda p: (p["a"], p["b"]), [("^a$", quantize.Affine(2))])(params)
@@ -202,6 +236,17 @@ def test_linen_wrapper_inside_a_larger_model(net):
     assert all(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(grads["params"]["body"]["head"]))
 
 
+def test_linen_wrapper_with_ranges(net):
+    """Calibrated ranges, also in a module that Linen hashes (`nn.jit`)."""
+    model, variables, x = net
+    ranges = quantize.input_ranges(model.apply, variables, [x[:2] / 2], RULES, symmetric=False)
+    wanted = quantize.fake(model.apply, RULES, ranges)(variables, x)
+    wrapped = linen.FakeQuantized(model, RULES, ranges)
+    np.testing.assert_allclose(wrapped.apply(variables, x), wanted, rtol=1e-6)
+    assert float(jnp.max(jnp.abs(wanted - quantize.fake(model.apply, RULES)(variables, x)))) > 1e-3  # some are clipped
+    assert hash(wrapped) == hash(wrapped.clone()) != hash(linen.FakeQuantized(model, RULES))
+
+
 class NnxNet(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(2, 8, (3, 3), rngs=rngs)
@@ -221,6 +266,10 @@ def test_nnx_wrapper_is_the_transform(net):
     wrapped = jaxcompress.nnx.FakeQuantized(model, RULES)
     expected, _ = quantize.fake(apply, RULES)(params, rest, x)
     np.testing.assert_allclose(wrapped(x), expected, rtol=1e-6)
+    ranges = quantize.input_ranges(lambda p, x: apply(p, rest, x)[0], params, [x[:2] / 2], RULES)
+    with_ranges, _ = quantize.fake(apply, RULES, ranges)(params, rest, x)
+    np.testing.assert_allclose(jaxcompress.nnx.FakeQuantized(model, RULES, ranges)(x), with_ranges, rtol=1e-6)
+    assert float(jnp.max(jnp.abs(with_ranges - expected))) > 1e-3
     integers, _ = jax.jit(compressed(apply, strict=True))(quantize.convert(params, RULES), rest, x)
     np.testing.assert_allclose(wrapped(x), integers, rtol=1e-4, atol=1e-4)
 

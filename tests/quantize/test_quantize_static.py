@@ -173,6 +173,51 @@ def test_the_codes_of_training_and_of_integers_are_equal(rng):
         np.testing.assert_array_equal(np.round(np.float64(integers) / step), codes)
 
 
+def test_layer_by_layer_training_and_integers_have_the_sums_of_an_integer_oracle(rng):
+    """From the inputs that each layer has in training: int64 sums of codes, and what both make of them."""
+
+    def layer(name, w, x):
+        if name == "conv":
+            return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x.reshape(x.shape[0], -1) @ w
+
+    def network(p, x):
+        inputs, outputs = {}, {}
+        for name, w in p.items():
+            inputs[name], outputs[name] = x, layer(name, w, x)
+            x = jax.nn.relu(outputs[name])
+        return outputs[name], inputs, outputs
+
+    shapes = {"conv": (3, 3, 2, 5), "hidden": (80, 7), "last": (7, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape) / 4, jnp.float32) for name, shape in shapes.items()}
+    x, rules = jnp.asarray(rng.normal(size=(6, 4, 4, 2)), jnp.float32), {".*": Affine(8, activation_bits=8)}
+    ranges = quantize.input_ranges(lambda p, x: network(p, x)[0], params, [x / 2], rules, symmetric=False)
+    small = quantize.static(quantize.convert(params, rules), ranges)
+
+    @jax.jit
+    def both(params, small, x):
+        _, inputs, outputs = quantize.fake(network, rules, ranges)(params, x)
+        rounded = {name: quantize.fake_quantize(w, rules[".*"]) for name, w in params.items()}
+        integers = {n: compressed(lambda w, x, n=n: layer(n, w, x), strict=True)(small[n], inputs[n]) for n in params}
+        return inputs, outputs, rounded, integers
+
+    inputs, outputs, rounded, integers = both(params, small, x)
+    for name, q in small.items():
+        weight, scale = np.asarray(q.codes(), np.int64), np.asarray(q.scale, np.float64).reshape(-1)
+        np.testing.assert_array_equal(np.round(np.float64(rounded[name]) / scale), weight)
+        codes, step = oracle(inputs[name], *map(float, ranges[name]))
+        if name == "conv":
+            patches = np.lib.stride_tricks.sliding_window_view(
+                np.pad(codes, [(0, 0), (1, 1), (1, 1), (0, 0)]), (3, 3), (1, 2)
+            )
+            sums = np.einsum("nhwcij,ijco->nhwo", patches, weight)
+        else:
+            sums = codes.reshape(len(codes), -1) @ weight
+        np.testing.assert_array_equal(np.round(np.float64(integers[name]) / (step * scale)), sums)
+        np.testing.assert_array_equal(np.round(np.float64(outputs[name]) / (step * scale)), sums)
+    assert all(np.abs(np.asarray(inputs[n])).max() > float(ranges[n].high) for n in ("conv", "hidden"))  # some clipped
+
+
 def test_stacked_weights_have_a_range_a_layer(rng):
     x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 4, 4)) * [[[1.0]], [[10.0]], [[0.1]]], jnp.float32)}

@@ -1,0 +1,118 @@
+"""Folding while statistics live: against a closed form, and against conversion."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxcompress import compressed, quantize
+from jaxcompress.quantize import Affine
+
+TENSOR = Affine(3, axes=())
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(6, (3, 3))(x)))
+        y = nn.BatchNorm(use_running_average=not train)(nn.Conv(6, (1, 1), use_bias=False)(x))
+        return nn.Dense(3)((nn.relu(y) + x).mean((1, 2)))
+
+
+@pytest.fixture
+def net(rng):
+    x = jnp.asarray(rng.normal(size=(4, 5, 5, 2)), jnp.float32)
+    variables = Net().init(jax.random.key(0), x)
+
+    def leaf(path, x):
+        positive = path[-1].key == "var"
+        if path[0].key == "params" and path[-1].key == "kernel":
+            return x
+        return jnp.asarray(rng.uniform(0.3, 3, x.shape) if positive else rng.normal(size=x.shape), jnp.float32)
+
+    variables = jax.tree_util.tree_map_with_path(leaf, variables)
+    norm = variables["params"]["BatchNorm_0"]
+    norm["scale"] = norm["scale"].at[1].set(0)
+    return Net(), variables, x
+
+
+@pytest.mark.parametrize(
+    "spec", [TENSOR, Affine(4, axes=(), symmetric=False, activation_bits=8)], ids=["weights", "both"]
+)
+def test_with_running_averages_it_is_the_folded_model_in_integers(spec, net):
+    model, variables, x = net
+    rules = {"kernel$": spec}
+    small = quantize.convert(quantize.fold(model.apply, variables, x), rules)
+    wanted = compressed(model.apply)(small, x)
+    got = jax.jit(quantize.fake(model.apply, rules, fold=True))(variables, x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    unfolded = quantize.fake(model.apply, rules)(variables, x)
+    assert float(jnp.max(jnp.abs(unfolded - wanted))) > 1e-2
+
+
+def test_training_by_hand(rng):
+    """Statistics of the unrounded product; the rounded one, folded, is what they normalise."""
+    x, w = rng.normal(size=(32, 5)), rng.normal(size=(5, 4))
+    scale, shift = rng.normal(size=4), rng.normal(size=4)
+
+    def run(p, x):
+        y = x @ p["kernel"]
+        mean, var = y.mean(0), y.var(0)
+        return (y - mean) / jnp.sqrt(var + 1e-3) * p["scale"] + p["shift"], mean
+
+    params = {"kernel": w, "scale": scale, "shift": shift}
+    params = {name: jnp.asarray(v, jnp.float32) for name, v in params.items()}
+    y = x @ w
+    m = scale / np.sqrt(y.var(0) + 1e-3)
+    step = np.abs(w * m).max() / 3
+    wanted = x @ (np.round(w * m / step) * step) - y.mean(0) * m + shift
+    apply = quantize.fake(run, {"kernel": TENSOR}, fold=True)
+    got, mean = apply(params, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(mean, y.mean(0), rtol=1e-4, atol=1e-5)
+    # straight through: with a linear loss the scale's gradient is that of the float function
+    pull = jnp.asarray(rng.normal(size=(32, 4)), jnp.float32)
+    theirs, ours = (jax.grad(lambda p, f=f: jnp.sum(f(p, jnp.float32(x))[0] * pull))(params) for f in (run, apply))
+    np.testing.assert_allclose(ours["shift"], theirs["shift"], rtol=1e-4)
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(ours))
+
+
+def test_it_trains_and_statistics_move_as_without(net):
+    model, variables, x = net
+    labels, tx = jnp.arange(4) % 3, optax.adam(1e-2)
+    apply = quantize.fake(model.apply, {"Conv_\\d/kernel$": TENSOR}, fold=True)
+
+    @jax.jit
+    def step(params, stats, state):
+        def loss(params):
+            logits, new = apply({"params": params, **stats}, x, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = tx.update(gradient, state, params)
+        return value, optax.apply_updates(params, updates), new, state
+
+    params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+    _, float_stats = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    state, losses = tx.init(params), []
+    for i in range(30):
+        value, params, stats, state = step(params, stats, state)
+        losses.append(float(value))
+        if i == 0:  # of the first norm: nothing before it is rounded
+            first, wanted = (s["batch_stats"]["BatchNorm_0"] for s in (stats, float_stats))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), first, wanted)
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(bool(jnp.all(jnp.isfinite(v))) for v in jax.tree.leaves(params))
+
+
+def test_nothing_to_fold(rng):
+    params, x = {"kernel": jnp.ones((3, 4)), "scale": jnp.ones(4)}, jnp.ones((2, 3))
+    for fn in (
+        lambda p, x: jax.nn.relu(x @ p["kernel"]) * p["scale"],  # not affine
+        lambda p, x: (x @ p["kernel"] * p["scale"], x @ p["kernel"]),  # used twice
+        lambda p, x: (lambda y: (y * p["scale"], y))(x @ p["kernel"]),  # as it is, too
+    ):
+        with pytest.raises(ValueError, match="nothing to fold: behind no chosen kernel"):
+            quantize.fake(fn, {"kernel": TENSOR}, fold=True)(params, x)
