@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -184,21 +185,26 @@ def _resized(
     pairs |= {(a * c, b * d) for a, b in plan.widths.values() for c, d in plan.widths.values() if (a, c) != (b, d)}
     slots = list(_integers(module))
     choices = [[*sorted({new for old, new in pairs if old == value}), value] for _, value in slots]
-    best: tuple[int, Any, Any] | None = None
-    for tried in itertools.islice(itertools.product(*choices), _MOST_TRIES):
+    best: tuple[int, nn.Module, Any] = len(wanted) + 1, module, None
+    for tried in (*itertools.islice(itertools.product(*choices), _MOST_TRIES), [value for _, value in slots]):
         values = {at: new for (at, _), new in zip(slots, tried, strict=True)}
         changed = _with_integers(module, values)
         try:
             made = init(changed)
-        except (TypeError, ValueError, AssertionError, ZeroDivisionError):  # sizes that don't go together
+        except (
+            TypeError,
+            ValueError,
+            AssertionError,
+            ZeroDivisionError,
+            flax.errors.FlaxError,
+        ):  # sizes that don't go together
             continue
         shapes = {name: tuple(x.shape) for name, x in named_leaves(made)}
         wrong = [(name, shapes.get(name)) for name, shape in wanted.items() if shapes.get(name) != shape]
         if not wrong:
             return changed, None
-        if best is None or len(wrong) < best[0]:
+        if len(wrong) < best[0]:
             best = len(wrong), changed, wrong[0]
-    assert best is not None  # the whole module's own attributes are among those tried, if there are few
     return best[1], best[2]
 
 
@@ -242,9 +248,15 @@ def _layers(module: nn.Module, init: Callable[[nn.Module], Any]) -> Layers:
     return found
 
 
+def _owner(layers: Layers, path: str) -> tuple[str, ...]:
+    """The innermost layer that an array belongs to, in whichever collection."""
+    within = f"/{path}"
+    return max((at for at in layers if "".join(f"/{part}" for part in at) + "/" in within), key=len)
+
+
 def _layer(layers: Layers, path: str) -> str:
-    """The innermost layer that an array belongs to, in words."""
-    owner = max((at for at in layers if f"/{path}".find("/" + "".join(f"{p}/" for p in at)) >= 0), key=len)
+    """That layer in words."""
+    owner = _owner(layers, path)
     name, integers = layers[owner]
     sizes = ", ".join(f"{key}={n}" for key, n in integers.items())
     return f"the layer {'/'.join(owner)!r} ({name}({sizes}))"
@@ -252,9 +264,9 @@ def _layer(layers: Layers, path: str) -> str:
 
 def _deriving(layers: Layers, plan: channels.Plan) -> str:
     """The layers that lost channels and may compute with their widths, in words."""
-    lost = [name.rsplit("/", 1)[0] for name in plan.keep]
-    found = [f"{'/'.join(at)!r} ({name})" for at, (name, _) in layers.items() if name not in _PLAIN and at]
-    return ", ".join(f for f in found if any(path.endswith(f.split("'")[1]) for path in lost)) or "the module itself"
+    owners = dict.fromkeys(_owner(layers, path) for path in plan.keep)
+    found = [f"{'/'.join(at)!r} ({layers[at][0]})" for at in owners if at and layers[at][0] not in _PLAIN]
+    return ", ".join(found) or "the module itself"
 
 
 def _with_scaled_queries(layers: Layers, small: Any, plan: channels.Plan) -> Any:

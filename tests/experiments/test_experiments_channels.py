@@ -91,15 +91,15 @@ def test_channels(tmp_path):
 @pytest.mark.slow
 def test_training_with_changed_images_and_a_teacher_that_sees_them():
     """A network learns from moved images, and stays good with itself as the teacher."""
-    setting = dataclasses.replace(SETTING, shift=1)
+    setting = dataclasses.replace(SETTING, shift=1, examples=10_000)
     room, model = Room(setting), Strided((4, 6), 8, normalise=True)
     network = whole(room, model, setting)
     first = room.init(model, 0)
-    trained = network.trained(first, seed=0, epochs=8, rate=0.1)
+    trained = network.trained(first, seed=0, epochs=12, rate=0.05)
     taught = network.trained(trained, seed=1, epochs=2, rate=0.01, teacher=(network, trained))
     images, labels = room.validation
     before, after = network.accuracy(trained, images, labels), network.accuracy(taught, images, labels)
-    assert before > network.accuracy(first, images, labels) + 10 and after > before - 10
+    assert before > network.accuracy(first, images, labels) + 20 and after > before - 5
 
 
 @pytest.mark.slow
