@@ -46,7 +46,7 @@ def bits(m, c, values):
 @op
 def half_bits(m, c, values):
     """Two numbers of each: axes stay whole."""
-    return c, lambda p, x, vs: x + lax.bitcast_convert_type(jnp.sign(x), jnp.uint16).astype(jnp.float32).sum(-1) / 1e5
+    return c, lambda p, x, vs: lax.bitcast_convert_type(jnp.sign(x), jnp.uint16).astype(jnp.float32).sum(-1) / 1e5
 
 
 @op
@@ -62,8 +62,9 @@ def bounded(m, c, values):
 
 
 @op
-def angle(m, c, values):
-    return c, lambda p, x, vs: jnp.arctan2(jnp.sin(x), jnp.power(1 + jnp.abs(x), 0.7))
+def of_two(m, c, values):
+    f = m.rng.choice([lambda x: jnp.arctan2(x, 2.0), lambda x: jnp.power(1 + jnp.abs(x), 0.7), lambda x: x % 0.9])
+    return c, lambda p, x, vs: f(x)
 
 
 @op
@@ -125,7 +126,9 @@ def fourier(m, c, values):
 @op
 def extrema(m, c, values):
     f, axis = m.rng.choice([jnp.min, jnp.max, jnp.prod]), int(m.rng.integers(1, 3))
-    return c, lambda p, x, vs: x + f(0.5 + jnp.sin(x), axis, keepdims=True)
+    if m.rng.integers(2):
+        return c, lambda p, x, vs: x + f(0.5 + jnp.sin(x), axis, keepdims=True)
+    return c, lambda p, x, vs: jnp.broadcast_to(f(x, 1, keepdims=True), x.shape)
 
 
 @op
@@ -148,7 +151,8 @@ def pooling_gradient(m, c, values):
     def pooled(x):
         return (lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 1, 1), "SAME") ** 2).sum()
 
-    return c, lambda p, x, vs: x + jax.grad(pooled)(x)
+    alone = bool(m.rng.integers(2))
+    return c, lambda p, x, vs: jax.grad(pooled)(x) + (0 if alone else x)
 
 
 @op
@@ -161,6 +165,18 @@ def scattered_otherwise(m, c, values):
 def scattered_channels(m, c, values):
     to = np.array([1, 0])
     return c, lambda p, x, vs: x.at[..., to].add(jnp.sin(x[..., :2]))
+
+
+@op
+def looked_up_by_channel(m, c, values):
+    """Each channel takes times of its own, and adds to others."""
+    at = m.rng.permuted(np.tile(np.arange(4), (c, 1)), axis=1).T
+
+    def one(column, places):  # [time]
+        return column[places].at[places[::-1]].add(column)
+
+    w = m(2)
+    return c, lambda p, x, vs: jax.vmap(jax.vmap(one, (1, 1), 1), (0, None))(x, at[::-1] * (1 - _computed(p, w)))
 
 
 @op
@@ -177,7 +193,8 @@ def drawn(m, c, values):
 
     def run(p, x, vs):
         one, other = jax.random.split(jax.random.key(_computed(p, w)))
-        return x * jax.random.uniform(jax.random.fold_in(one, 3), x.shape) + jnp.sin(jax.random.uniform(other, x.shape))
+        bits = jax.random.bits(other, x.shape, "uint8").astype(jnp.float32) / 255
+        return x * jax.random.uniform(jax.random.fold_in(one, 3), x.shape) + bits
 
     return c, run
 
@@ -196,12 +213,12 @@ def batch_grouped_conv(m, c, values):
 
 @op
 def turned_while(m, c, values):
-    w = m(c, c)
+    w, residual = m(c, c), bool(m.rng.integers(2))
 
     def run(p, x, vs):
         still, kernel = lax.stop_gradient(x), lax.stop_gradient(p[w])
         turned = lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.tanh(s[1] @ kernel)), (0, still))[1]
-        return x + turned
+        return x + turned if residual else turned
 
     return c, run
 
@@ -262,10 +279,11 @@ def sharded_channels(m, c, values):
     """Channels are gathered, multiplied, and scattered again."""
     if c % 2:
         return None
-    w, g = m(c, 8), m(8)
+    w, g, summed = m(c, 8), m(8), bool(m.rng.integers(2))
 
     def body(w, g, x):
-        h = lax.all_gather(x, "s", axis=2, tiled=True) @ w
+        h = lax.all_gather(x, "s", axis=2, tiled=True)
+        h = h @ w + 0.1 * h.sum(-1, keepdims=True) if summed else h @ w
         return lax.psum_scatter(h, "s", scatter_dimension=2, tiled=True) * g
 
     specs = (P(), P("s"), P(None, None, "s"))
@@ -277,10 +295,11 @@ def sharded_exchange(m, c, values):
     """Time on each device becomes channels on each device, and back."""
     if c % 2:
         return None
-    g = m(c)
+    g, bare = m(c), bool(m.rng.integers(2))
 
     def body(g, x):
-        h = lax.all_to_all(x, "s", 2, 1, tiled=True) * g
+        h = lax.all_to_all(x, "s", 2, 1, tiled=True)
+        h = h if bare else h * g
         h = lax.all_to_all(jnp.tanh(h), "s", 1, 2, tiled=True)
         return lax.all_to_all(h, "s", 2, 2, tiled=True)
 

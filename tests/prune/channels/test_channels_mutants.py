@@ -1,12 +1,17 @@
-"""Faults planted in the rules are seen by the oracle on directed programs: so the oracle can see."""
+"""Faults planted in the rules are seen by the oracle, in every rule: so the oracle can see.
+
+First faults by hand, then each kind of fault in each label function, on programs made of the fuzzer's operations.
+"""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from channels_models import Maker
+from channels_mutants import FAULTS, FUNCTIONS, by_chance, directed, met, reached, seen
 
 from jaxcompress.prune import channels
 from jaxcompress.prune.channels import _rules_product, _rules_shape
@@ -118,3 +123,56 @@ def test_outputs_that_are_not_kept_whole_are_seen(monkeypatch):
     assert not fault(fn, params)
     monkeypatch.setattr(Atoms, "freeze", lambda *args: None)
     assert fault(fn, params)
+
+
+UNSEEN = {
+    ("_random", "shifted"): "its labels are new ones, in whatever order",
+}
+"""Faults that change something and that no program shows, with the reason for which they do no harm."""
+
+HARMLESS = {
+    "_keys": "keys have no axes that can be cut, so nothing is said of them",
+    "_axis_index": "a number without axes",
+}
+"""Label functions in which no kind of fault changes anything."""
+
+ONLY_DIRECTED: set[str] = set()
+"""Label functions of which random programs show no fault within twelve that meet them."""
+
+pool = cache(reached)
+
+
+@cache
+def meetings():
+    return [(seed, met(seed)) for seed in range(160)]
+
+
+@pytest.mark.parametrize(
+    ("function", "fault", "kinds"),
+    [
+        ("_rev", "shifted", ("reverse", "gain")),
+        ("_other_unary", "zeros", ("cosine", "cosine", "channel_sum")),
+        ("_conv", "unsized", ("group_conv", "gain")),
+        ("_reduce_sum", "unsure", ("cosine", "channel_sum", "gain")),
+        ("_sort", "loose", ("cosine", "sorted_channels", "gain")),
+    ],
+)
+def test_a_sample_of_faults_is_seen(function, fault, kinds):
+    assert any(seen(function, fault, seed, kinds=kinds) for seed in range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", list(FUNCTIONS))
+def test_every_kind_of_fault_is_seen_in_every_rule(function):
+    noticed = {fault: directed(function, fault, pool())[0] for fault in FAULTS}
+    touched = {fault for fault, found in noticed.items() if found is not None}
+    assert bool(touched) == (function not in HARMLESS)
+    assert {fault for fault in touched if not noticed[fault]} == {fault for name, fault in UNSEEN if name == function}
+    assert any(noticed.values()) or function in HARMLESS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [name for name in FUNCTIONS if name not in HARMLESS])
+def test_random_programs_see_a_fault_in_every_rule(function):
+    found = by_chance(function, [seed for seed, functions in meetings() if function in functions])
+    assert found is not None or function in ONLY_DIRECTED
