@@ -60,13 +60,25 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
 
 def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     if not w.as_integers:
-        x = _rounded_input(x, w, dims)
-        decode = _scaled if w.of_integers else None
-        return tiled(lambda x, w: _dot_columns(_dot_groups, x, w, dims, params), x, w, dims, decode=decode)
+
+        def grouped(x: Array, w: Quantized) -> Array:
+            return _dot_columns(_dot_groups, x, w, dims, params)
+
+        x, decode = _rounded_input(x, w, dims), _scaled if w.of_integers else None
+        return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims), decode=decode)
     codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
     groups = functools.partial(_dot_groups, zero=zero)
     sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
     return sums * _along_weight(step, dims, w.ndim)
+
+
+def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
+    """A product of groups; one row is computed twice, for XLA:TPU would write the decoded weight out for one."""
+    rows = dims.x_free(x.ndim)
+    if not rows or any(x.shape[axis] != 1 for axis in rows):
+        return product(x, w)
+    twice = product(jnp.concatenate([x, x], axis=rows[-1]), w)
+    return lax.slice_in_dim(twice, 0, 1, axis=len(dims.x_batch) + len(rows) - 1)
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
