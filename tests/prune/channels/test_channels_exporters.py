@@ -162,6 +162,7 @@ def test_nnx_plain_modules_of_smaller_sizes(make, x, dropped, sizes):
     assert jax.tree.map(jnp.shape, nnx.state(small)) == jax.tree.map(jnp.shape, plan.apply(state))
 
 
+@slow
 def test_nnx_whole_groups_of_a_group_normalisation_may_go_and_parts_of_them_are_refused():
     groups = {g.name: g.size for g in channels.groups(*nnx_case(GroupNormed, IMAGES)[1:3], IMAGES)}
     of_groups = next(name for name, size in groups.items() if size == 4)
@@ -270,6 +271,7 @@ def linen_case(model, x):
     return variables, halved(model.apply, variables, x)
 
 
+@slow
 def test_linen_wrapped_modules_initialise_run_train_and_export():
     model = Encoder()
     variables, plan = linen_case(model, TOKENS)
