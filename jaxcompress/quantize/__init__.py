@@ -24,6 +24,7 @@ from jaxcompress.quantize._codebook import Binary, KMeans, Ternary
 from jaxcompress.quantize._convert import Scheme, convert
 from jaxcompress.quantize._equalize import equalize, smooth
 from jaxcompress.quantize._fake import FakeQuantized, fake, fake_quantize_input
+from jaxcompress.quantize._float_products import FloatProduct
 from jaxcompress.quantize._fold import fold
 from jaxcompress.quantize._formats import MX, NF4, Floats
 from jaxcompress.quantize._gptq import gptq
@@ -39,6 +40,7 @@ __all__ = [
     "Binary",
     "Entropy",
     "FakeQuantized",
+    "FloatProduct",
     "Floats",
     "KMeans",
     "LayerCost",

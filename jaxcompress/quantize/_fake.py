@@ -20,7 +20,7 @@ from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._convert import Scheme
 from jaxcompress.quantize._live import with_folded
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
-from jaxcompress.quantize._steps import to_steps
+from jaxcompress.quantize._steps import fake_small_floats, to_steps
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -91,7 +91,8 @@ def _view(name: str, weight: Any, spec: Affine | Scheme | None, low_high: Range 
             f"a {type(weight).__name__} weight is compressed already; fake quantization takes float weights"
         )
     if not isinstance(spec, Affine):
-        return _straight_through(weight, spec)
+        rounded, inputs = _straight_through(weight, spec), getattr(spec, "inputs", None)  # those of `Floats`
+        return rounded if inputs is None else FakeQuantized(rounded, inputs)
     rounded = fake_quantize(weight, spec)
     if spec.activation_bits is None:
         return rounded
@@ -114,7 +115,8 @@ class FakeQuantized(Leaf):
     """A weight on its grid that also rounds the input it meets. Lives only inside a transformed function."""
 
     weight: Array
-    activation_bits: int = eqx.field(static=True)
+    activation_bits: int | str = eqx.field(static=True)
+    """Of the inputs' integers; or the 8-bit float type that they are rounded to."""
     input_step: Array | None = None
     """float32, of the weight's rank, 1 along all axes but stacked ones; `None`: found as inputs come."""
     input_zero_point: Array | None = None
@@ -152,6 +154,8 @@ def _rounded(x: ArrayLike, w: FakeQuantized, keep: tuple[int, ...], dims: Dims, 
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
+    if isinstance(w.activation_bits, str):
+        return fake_small_floats(x, w.activation_bits, keep)
     if w.input_step is None:
         return fake_quantize_input(x, w.activation_bits, keep)
     laid = [None if a is None else along_input(a, dims, x.ndim) for a in (w.input_step, w.input_zero_point)]

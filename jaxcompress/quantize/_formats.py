@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.arrays import Quantized
 from jaxcompress.quantize._affine import Affine, _axis, _over_blocks, _spread, check_float
+from jaxcompress.quantize._float_products import FloatProduct
 
 _DTYPES = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")
 
@@ -46,22 +47,34 @@ class Floats:
       dtype: "float8_e4m3fn", "float8_e5m2", "bfloat16" or "float16".
       axes: the axes along which each index has a scale of its own, for 8 bits; 16-bit types are cast as they are, and
         what is too large for float16 is an error.
+      inputs: of 8-bit weights, also round an input that meets the weight in a product or convolution, to
+        "float8_e4m3fn" or "float8_e5m2", with a scale of its own for each row (each example of a convolution). Products
+        are then of 8-bit floats where the backend has them. `None` leaves inputs alone.
     """
 
     dtype: str = "float8_e4m3fn"
     axes: tuple[int, ...] = (-1,)
+    inputs: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype is one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.inputs is not None and not {self.inputs, self.dtype} <= set(_DTYPES[:2]):
+            raise ValueError(
+                f"inputs is None or one of {', '.join(_DTYPES[:2])}, with weights in one of these; got {self.inputs!r} "
+                f"for weights in {self.dtype}"
+            )
 
-    def convert(self, weight: Array) -> Quantized:
+    def convert(self, weight: Array) -> Quantized | FloatProduct:
         """The nearest float of the type to each weight over its scale; the largest weight becomes the largest float."""
         weight = check_float(weight)
         full, largest = weight.astype(jnp.float32), float(jnp.finfo(self.dtype).max)
         if self.dtype.startswith("float8"):
             scale = _unit(_over_blocks(jnp.max, jnp.abs(full), Affine(8, axes=self.axes)) / largest)
-            return _of_floats(_saturated(full / scale, self.dtype), scale, weight.dtype, None)
+            values = _saturated(full / scale, self.dtype)
+            if self.inputs is not None:
+                return FloatProduct(values, scale, jnp.dtype(weight.dtype).name, self.inputs)
+            return _of_floats(values, scale, weight.dtype, None)
         values = full.astype(self.dtype)
         if not isinstance(values, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(values))):
             raise ValueError(f"the weight has values beyond {largest:g}, the largest of {self.dtype}")
