@@ -58,7 +58,7 @@ def main(config: Config) -> _results.Result:
     found: dict[str, dict[int, dict[str, float]]] = {}
     for seed in range(config.seeds):
         trained = lab.trained(seed)
-        arms = {"float32": (lab.apply, trained, lab.apply)}
+        arms: dict[str, tuple[Apply, Any, Apply]] = {"float32": (lab.apply, trained, lab.apply)}
         for kind, bits in KINDS.items():
             spec = {"kernel$": Affine(8, activation_bits=bits)}
             ours = quantize.convert(trained, spec)
