@@ -59,7 +59,7 @@ class Config(_distilling.Config):
 LABELS, SOFT, DECOUPLED, STANDARD = "labels alone", "soft targets", "decoupled", "standardised logits"
 PRUNED, STATE = "pruned", "batch_stats"
 SHORT = Config(
-    data="digits", seeds=1, examples=256, epochs=1, teacher="resnet8x4", student=PRUNED, methods=(LABELS, SOFT)
+    data="digits", seeds=1, examples=128, epochs=1, teacher="resnet20", student=PRUNED, methods=(LABELS, SOFT)
 )
 """A run of a minute on digits, for tests; its accuracies mean nothing."""
 
