@@ -23,6 +23,7 @@ W = TypeVar("W", bound="Tileable")
 TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
 WIDTH = 1 << 10  # of them along the output
 FEW, WIDE = 4, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
+MANY, LARGER = 32, 4  # from so many rows on products take the time, and do better with larger tiles
 WORTH = 1 << 18  # smaller weights are decoded whole
 
 
@@ -67,7 +68,8 @@ def tiled(
     at_once = whole if whole is not None else lambda: product(x, w)
     count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
     count = count if isinstance(count, int) else FEW  # under jax.export it may be a symbol
-    plan = _plan(w, dims, depth, WIDE if count < FEW else WIDTH)
+    larger = LARGER if count >= MANY else 1
+    plan = _plan(w, dims, depth, larger * TILE, WIDE if count < FEW else math.isqrt(larger) * WIDTH)
     few = rows is None or count <= rows
     if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
         return at_once()
@@ -88,7 +90,7 @@ def _lanes(product: Callable[[Array, W], Array], loops: Any, decode: Decode, x: 
     return multiply(x, w)
 
 
-def _plan(w: Any, dims: Dims, depth: int, width: int) -> tuple[int, int, int, int] | None:
+def _plan(w: Any, dims: Dims, depth: int, tile: int, width: int) -> tuple[int, int, int, int] | None:
     """(contracted axis, its tile, free axis, its tile) of the weight; `None` where tiles don't pay or don't fit."""
     free = dims.w_free(len(w.shape))
     if math.prod(w.shape) < WORTH or not free or not dims.w_contract:
@@ -96,9 +98,9 @@ def _plan(w: Any, dims: Dims, depth: int, width: int) -> tuple[int, int, int, in
     along, across = (max(axes, key=lambda axis: w.shape[axis]) for axes in (dims.w_contract, free))
     rest = math.prod(w.shape) // (w.shape[along] * w.shape[across])
     beside = math.prod(w.shape[axis] for axis in dims.w_contract if axis != along)
-    width = _part(w, across, min(width // max(1, rest // beside), TILE // (w.unit(along) * rest)))
-    part = _part(w, along, min(TILE // (width * rest), depth // beside))
-    worth = width * part * rest >= TILE // 8  # an axis of few divisors makes tiles too small
+    width = _part(w, across, min(width // max(1, rest // beside), tile // (w.unit(along) * rest)))
+    part = _part(w, along, min(tile // (width * rest), depth // beside))
+    worth = width * part * rest >= tile // 8  # an axis of few divisors makes tiles too small
     return (along, part, across, width) if worth and part * beside <= depth else None
 
 
