@@ -41,7 +41,8 @@ def activation(
         "Network Trimming"). `square`: the mean square.
 
     Returns:
-      Scores of the groups that some product reads outside `while` loops and custom derivatives; others are not in it.
+      Scores of the groups that some product reads outside `while` loops, `shard_map` and custom derivatives; others are
+      not in it.
 
     Raises:
       ValueError: no batches; an unknown statistic; activations behind `stop_gradient`, which give no cotangent.
