@@ -38,17 +38,21 @@ def net(rng):
     return Net(), variables, x
 
 
-@pytest.mark.parametrize(
-    "spec", [TENSOR, Affine(4, axes=(), symmetric=False, activation_bits=8)], ids=["weights", "both"]
-)
-def test_with_running_averages_it_is_the_folded_model_in_integers(spec, net):
+BOTH = Affine(4, axes=(), symmetric=False, activation_bits=8)
+
+
+@pytest.mark.parametrize("kind", ["weights", "dynamic", pytest.param("static", marks=pytest.mark.slow)])
+def test_with_running_averages_it_is_the_folded_model_in_integers(kind, net):
     model, variables, x = net
-    rules = {"kernel$": spec}
+    rules, ranges = {"kernel$": TENSOR if kind == "weights" else BOTH}, None
     small = quantize.convert(quantize.fold(model.apply, variables, x), rules)
+    if kind == "static":
+        ranges = quantize.input_ranges(model.apply, variables, [x / 2], rules, symmetric=False)
+        small = quantize.static(small, ranges)
     wanted = compressed(model.apply)(small, x)
-    got = jax.jit(quantize.fake(model.apply, rules, fold=True))(variables, x)
+    got = jax.jit(quantize.fake(model.apply, rules, ranges, fold=True))(variables, x)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
-    unfolded = quantize.fake(model.apply, rules)(variables, x)
+    unfolded = quantize.fake(model.apply, rules, ranges)(variables, x)
     assert float(jnp.max(jnp.abs(unfolded - wanted))) > 1e-2
 
 
