@@ -100,7 +100,7 @@ def test_the_decoder_on_a_short_run(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs qwix")
 def test_beside_qwix_on_a_short_run(tmp_path):
     mean = means(quantize_peer.main(dataclasses.replace(quantize_peer.SHORT, model="folded", out=tmp_path)))
-    for name in ("jaxcompress, w8", "qwix, w8", "jaxcompress, w8a8", "qwix, w8a8"):
+    for name in ("jaxcompress, w8", "jaxcompress, w8a8", "qwix, w8a8"):  # qwix refuses convolutions' weights alone
         assert abs(mean[name]["kept"] - mean["float32"]["kept"]) < 3
         assert mean[name]["bytes"] < 0.35 * mean["float32"]["bytes"]
 
