@@ -51,7 +51,7 @@ def difference(seed, length=6, gradient=True, kinds=()):
     units = {
         g.name: rng.choice(g.size, int(rng.integers(1, g.size)), replace=False)
         for g in groups
-        if g.exact and rng.random() < 0.8
+        if g.exact and (kinds or rng.random() < 0.8)
     }
     if not units:
         return None

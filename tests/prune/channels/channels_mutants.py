@@ -124,6 +124,7 @@ def met(seed, length=6, kinds=()):
 PAIRED = [lambda kind: (kind, "gain"), lambda kind: ("bias", kind, "residual", "gain")]
 SUMMED = [
     lambda kind: ("cosine", kind, "channel_sum"),
+    lambda kind: (kind, "channel_sum"),
     lambda kind: ("cosine", kind, "gain"),
     lambda kind: (kind, "gain"),
 ]
@@ -146,15 +147,15 @@ def seen(function, fault, seed, length=6, kinds=()):
     return off is not None and off > 1e-3
 
 
-def directed(function, fault, reach, limit=8):
+def directed(function, fault, reach, limit=16):
     """(noticed, what was tried) of a fault on programs about the operations that reach its rule; None if none shows it.
 
     `reach` is what `reached` gives.
     """
     tried, noticed = [], None
-    for template in TEMPLATES[fault]:
-        for kind in reach[function][:3]:
-            for seed in range(2):
+    for seed in range(6):
+        for template in TEMPLATES[fault]:
+            for kind in reach[function][:3]:
                 if len(tried) >= limit:
                     return noticed, tried
                 found = seen(function, fault, seed, kinds=template(kind))
