@@ -167,7 +167,10 @@ class Pruned(nnx.Module):
         plan = with_state_freed(self.plan)
         small = channels.shrink(_with_state(graph), plan.undone(state), plan, rederive=self.rederive)
         out, new, _ = small(state, args, kwargs)
-        nnx.update(self.inner, new)
+        before = dict(nnx.to_flat_state(state))
+        changed = [(path, value) for path, value in nnx.to_flat_state(new) if not _same(value, before[path])]
+        if changed:  # only these, for under a transformation others may not be written to
+            nnx.update(self.inner, nnx.from_flat_state(changed))
         return out
 
 
@@ -224,6 +227,11 @@ def pruned(
             f"{', '.join(derives)}. Take {ways if rederive else 'rederive=True, or ' + ways}"
         )
     return small
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two variables hold the same arrays, not only equal ones."""
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def _cut(module: nnx.Module, plan: channels.Plan) -> Any:

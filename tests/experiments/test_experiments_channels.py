@@ -127,3 +127,29 @@ def test_recorded_normalisations_are_alike_after_fine_tuning():
             traced, derived = (rows[f"{title}, {way}"][f"tuned_{percent}"].mean for way in prune_norms.WAYS)
             assert abs(traced - derived) < 1.5
             assert traced > rows[f"{title}, as traced"][f"bare_{percent}"].mean
+
+
+def recorded(name: str) -> dict:
+    result = _results.read(RECORDED / f"{name}.json")
+    assert all(len(row.seeds) == 3 for row in result.rows)
+    return {row.name: {key: figure.mean for key, figure in row.ours.items()} for row in result.rows}
+
+
+def test_recorded_scores_are_alike_after_fine_tuning_and_not_at_once():
+    rows = recorded("prune_channels_scores_cifar10")
+    local = {name: row for name, row in rows.items() if ", " not in name}
+    assert len(local) == 9 and all(50 < row["flops"] < 52 for row in rows.values())
+    assert all(row["tuned"] > row["at_once"] + 20 for row in rows.values())
+    assert max(r["tuned"] for r in local.values()) - min(r["tuned"] for r in local.values()) < 2.5
+    assert max(local, key=lambda name: local[name]["at_once"]) == "hessian"
+    assert rows["lamp, all layers together"]["tuned"] < rows["random"]["tuned"] - 3
+
+
+def test_recorded_random_weights_do_as_well_as_fine_tuned_ones_and_rewound_ones_better():
+    rows = {name: row["accuracy"] for name, row in recorded("prune_channels_beside_cifar10").items()}
+    assert rows["random weights, same epochs"] > rows["l1, fine-tuned"]
+    assert rows["random weights, same operations"] > rows["l1, fine-tuned"]
+    for score in ("l1", "taylor"):
+        rewound = rows[f"{score}, rewound to epoch 1, trained again"]
+        assert rewound > rows["random weights, same epochs"] + 2 and abs(rewound - rows["not cut"]) < 1
+    assert rows["slimming, cut, fine-tuned"] > rows["l1, fine-tuned"] + 1
