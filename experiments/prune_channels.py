@@ -283,6 +283,7 @@ def main(config: Config) -> tuple[_results.Result, _results.Result]:
         ],
         **shared,
     )
+    where = f"{network}, {c.data}"
     rewound = f"l1, rewound to epoch {c.rewind}, trained again"
     second = room.result(
         name=f"prune_channels_beside_{c.data}",
@@ -312,10 +313,8 @@ def main(config: Config) -> tuple[_results.Result, _results.Result]:
         ],
         **shared,
     )
-    written(
-        first, c, lambda path: bars(path, first.rows, "tuned", x_title="accuracy, fine-tuned (%)", title=first.title)
-    )
-    written(second, c, lambda path: bars(path, second.rows, "accuracy", x_title="accuracy (%)", title=second.title))
+    written(first, c, lambda path: bars(path, first.rows, "tuned", x_title="accuracy, fine-tuned (%)", title=where))
+    written(second, c, lambda path: bars(path, second.rows, "accuracy", x_title="accuracy (%)", title=where))
     return first, second
 
 
