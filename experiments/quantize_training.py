@@ -29,7 +29,7 @@ class Config(_quantizing.Config):
     bits: tuple[int, ...] = (4, 3, 2)
     """Of the weights alone; ternary and binary weights come behind."""
     both: tuple[int, ...] = (4, 3, 2)
-    """Of weights and inputs alike."""
+    """Of weights and inputs alike; may be empty."""
     temperature: float = 4.0
     """Of the distillation; the labels have no part in it."""
 
@@ -112,7 +112,8 @@ def main(config: Config) -> _results.Result:
                 figures = lab.tested(f"{name}, {key}, seed {seed}", params)
                 found[name].setdefault(seed, {}).update(keyed(key, figures))
         print(f"seed {seed}: done", flush=True)
-    _result(lab, config, found, "quantize_steps", "Few bits a weight and input", of_both(config), ROWS)
+    if config.both:
+        _result(lab, config, found, "quantize_steps", "Few bits a weight and input", of_both(config), ROWS)
     return _result(lab, config, found, "quantize_training", "Few bits a weight", of_weights(config), ROWS[:3])
 
 

@@ -89,7 +89,7 @@ def test_the_decoder_on_a_short_run(tmp_path):
         out=tmp_path,
         seeds=1,
         bits=(2,),
-        both=(4,),
+        both=(),
     )
     mean = means(quantize_training.main(config))
     assert mean["trained"]["2 bits bpc"] < mean["rounded"]["2 bits bpc"] > mean["float"]["2 bits bpc"]
