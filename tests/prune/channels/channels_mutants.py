@@ -183,15 +183,8 @@ def reached():
 
 def by_chance(function, seeds, limit=12):
     """(fault, number of programs) with which random programs that meet a rule first show a fault in it, or None."""
-    tried = 0
-    for seed in seeds:
-        if tried >= limit:
-            return None
-        for fault in ("shifted", "loose", "unsized", "unsure"):
-            found = seen(function, fault, seed)
-            if found is not None:
-                tried += 1
-                if found:
-                    return fault, tried
-                break
+    for tried, seed in enumerate(seeds[:limit], 1):
+        for fault in ("shifted", "loose", "unsized", "unsure", "zeros", "apart"):
+            if seen(function, fault, seed):
+                return fault, tried
     return None

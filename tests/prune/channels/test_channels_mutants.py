@@ -136,7 +136,7 @@ HARMLESS = {
 }
 """Label functions in which no kind of fault changes anything."""
 
-ONLY_DIRECTED: set[str] = set()
+ONLY_DIRECTED = {"_other_nary", "_reduce_sum"}
 """Label functions of which random programs show no fault within twelve that meet them."""
 
 pool = cache(reached)
@@ -175,4 +175,4 @@ def test_every_kind_of_fault_is_seen_in_every_rule(function):
 @pytest.mark.parametrize("function", [name for name in FUNCTIONS if name not in HARMLESS])
 def test_random_programs_see_a_fault_in_every_rule(function):
     found = by_chance(function, [seed for seed, functions in meetings() if function in functions])
-    assert found is not None or function in ONLY_DIRECTED
+    assert (found is None) == (function in ONLY_DIRECTED)
