@@ -269,8 +269,8 @@ def reported(config: Config, room: TextRoom, figures: Any, choice: Choice) -> _r
         source="Test accuracy in %. Jiao et al. 2020, table 6, report that without any of the losses the student is"
         " worse, most without the layers'; their pair learned from Wikipedia and GLUE.",
         command=command("distill_sst2", c),
-        selection="lengths, rates and the share of masked words of the teacher by trials on validation data, three of"
-        " them; the students' were fixed beforehand.",
+        selection="lengths, rates and the share of masked words of the teacher by five trials on validation data; the"
+        " students' were fixed beforehand.",
         choices=[choice],
         columns=[
             Column("accuracy", "test accuracy (%)"),
