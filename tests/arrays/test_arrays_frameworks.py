@@ -67,12 +67,18 @@ def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance)
 
 
-SLOW = [("plain", jnp.bfloat16), ("scan", jnp.bfloat16), ("remat", jnp.float32), ("remat", jnp.bfloat16)]
+SLOW = [
+    ("plain", jnp.bfloat16),
+    ("scan", jnp.float32),
+    ("scan", jnp.bfloat16),
+    ("remat", jnp.float32),
+    ("remat", jnp.bfloat16),
+]
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("plain", jnp.float32), ("scan", jnp.float32)] + [pytest.param(*rest, marks=pytest.mark.slow) for rest in SLOW],
+    [("plain", jnp.float32)] + [pytest.param(*rest, marks=pytest.mark.slow) for rest in SLOW],
 )
 def test_linen_transformer(kind, dtype):
     model = Transformer(kind, dtype)

@@ -304,6 +304,7 @@ def test_a_pair_under_the_literatures_recipe(tmp_path):
     assert 0.2 * whole < rows["pruned, soft targets"]["size"].mean <= 0.3 * whole
 
 
+@pytest.mark.slow
 def test_a_pruned_student_is_the_teacher_without_some_channels():
     """In evaluation against the teacher with those channels at zero; in training it moves its own statistics."""
     model = Resnet(1, (8, 8, 8), stem_stride=2)

@@ -115,7 +115,8 @@ def checked(result: _results.Result, out: Path, rows: int) -> dict:
     return {row.name: row.ours for row in result.rows}
 
 
-@pytest.mark.parametrize("structured", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("structured", [False, True])
 def test_tickets(structured, tmp_path):
     config = dataclasses.replace(prune_tickets.SHORT, out=tmp_path, structured=structured, **LITTLE)
     rows = checked(prune_tickets.main(config), tmp_path, 2)

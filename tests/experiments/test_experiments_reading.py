@@ -87,6 +87,7 @@ def test_masked_words_are_berts():
     )
 
 
+@pytest.mark.slow
 def test_the_loss_of_masked_words_and_the_head(room):
     """Against the embedding's vectors and a softmax written out; the head's mean leaves padding out."""
     model = Reader(Size(1, 8, 2, 16, len(room.vocabulary), 8))

@@ -163,7 +163,7 @@ def test_one_layer_after_the_other(rng):
     np.testing.assert_array_equal(pruned.params["z"], at_once.params["z"])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
 def test_over_eight_devices(kind, rng):
     """Weights divided along their outputs, batches along their examples: the same, and no weight is gathered."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)

@@ -87,7 +87,9 @@ def test_the_first_masks_are_those_of_static_training() -> None:
     np.testing.assert_array_equal(prune.masks(prune.rewire({"w": 0.9}, key=KEY, end=5).init(params))["w"], static["w"])
 
 
-@pytest.mark.parametrize(("kind", "packed"), [(AxisType.Auto, True), (AxisType.Explicit, False)])
+@pytest.mark.parametrize(
+    ("kind", "packed"), [(AxisType.Auto, True), pytest.param(AxisType.Explicit, False, marks=pytest.mark.slow)]
+)
 def test_eight_devices_as_one(kind: AxisType, packed: bool) -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     pruning = prune.rewire({"w": 0.8}, key=KEY, end=8, every=1, grow=prune.by_gradient, packed=packed)

@@ -40,7 +40,8 @@ def varied(variables, rng):
     return jax.tree_util.tree_map_with_path(leaf, variables)
 
 
-@pytest.mark.parametrize("scaled", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [True, False])
 def test_the_same_function_with_norms_that_only_shift(scaled, rng):
     model, x = Net(scaled), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
     variables = varied(model.init(jax.random.key(0), x), rng)

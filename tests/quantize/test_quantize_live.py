@@ -41,7 +41,9 @@ def net(rng):
 BOTH = Affine(4, axes=(), symmetric=False, activation_bits=8)
 
 
-@pytest.mark.parametrize("kind", ["weights", "dynamic", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("weights", marks=pytest.mark.slow), "dynamic", pytest.param("static", marks=pytest.mark.slow)]
+)
 def test_with_running_averages_it_is_the_folded_model_in_integers(kind, net):
     model, variables, x = net
     rules, ranges = {"kernel$": TENSOR if kind == "weights" else BOTH}, None

@@ -29,6 +29,7 @@ def block(rng):
     return Block(), Block().init(jax.random.key(0), x), x
 
 
+@pytest.mark.slow
 def test_of_a_transformer(block):
     model, variables, x = block
     assert quantize.pairs(model.apply, variables, x) == [

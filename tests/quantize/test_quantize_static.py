@@ -115,7 +115,8 @@ class Net(nn.Module):
         return nn.DenseGeneral(4, axis=(-2, -1))(x)
 
 
-@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True])
 def test_training_rounds_to_what_integers_compute(symmetric, rng):
     """A network of convolution, recurrence and kernels of rank 3; static, with fake quantization in float."""
     batches = [jnp.asarray(rng.normal(size=(4, 6, 4, 2)), jnp.float32) for _ in range(2)]

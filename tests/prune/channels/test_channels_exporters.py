@@ -327,6 +327,7 @@ def test_linen_sizes_in_code_are_named_and_the_wrapper_runs_them():
         jlinen.pruned(Coded(), variables, plan, TOKENS)
 
 
+@pytest.mark.slow
 def test_linen_plain_modules_whose_attributes_are_their_sizes():
     """The heads' width and number, the residual stream and the hidden layer, with the queries scaled."""
     model = Encoder()
