@@ -56,7 +56,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "sgd" else kind for kind in OPTIMIZERS]
+)
 def test_what_comes_back_starts_from_zero(kind: str) -> None:
     """Whatever the optimizer calls its moments, they are zero where a weight has just come in, and nowhere else."""
     make, kept = OPTIMIZERS[kind]

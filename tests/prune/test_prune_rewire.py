@@ -29,6 +29,7 @@ def run(tx, params: dict, steps: int, scale: float = 3.0):
         params = new
 
 
+@pytest.mark.slow
 def test_rigl_by_sorting() -> None:
     """The masks of the paper's algorithm, worked out by sorting in NumPy."""
     end, every, fraction = 8, 2, 0.4

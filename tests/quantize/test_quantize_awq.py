@@ -39,7 +39,11 @@ def trained(rng):
     return params, [normal(16, 4, 4, 8) for _ in range(2)]
 
 
-@pytest.mark.parametrize("spec", [Affine(4), Affine(3, group=(0, 4))], ids=["4 bits", "3 bits, groups"])
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(Affine(4), marks=pytest.mark.slow), Affine(3, group=(0, 4))],
+    ids=["4 bits", "3 bits, groups"],
+)
 def test_the_same_function_rounded_better(spec, trained):
     params, batches = trained
     rules = {"q|k|out": spec}
