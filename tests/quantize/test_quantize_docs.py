@@ -12,7 +12,7 @@ GUIDE = Path(__file__).resolve().parents[2] / "docs" / "quantization.md"
 def test_the_guide_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
     exec(compile("\n".join(blocks), str(GUIDE), "exec"), {})
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\S.*: .* bytes", line)]
     found = {line.split(":")[0]: line for line in lines}
     size = {name: int(re.search(r"([\d,]+) bytes", line)[1].replace(",", "")) for name, line in found.items()}
     loss = {name: float(line.split()[-1]) for name, line in found.items()}
