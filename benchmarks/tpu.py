@@ -16,12 +16,22 @@ from jax.experimental import topologies
 from benchmarks._harness import Figures, benchmark, exact
 from jaxcompress import compressed, quantize
 
+DESCRIBED = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for those who use a TPU
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Environment variables from which libtpu knows what to compile for."""
+
 
 @benchmark("quantize.tpu")
 def _tpu(rounds: int) -> Figures:
     """How many times fewer bytes a product of one row moves than in bfloat16, compiled for a TPU v5e."""
     size = 8192
-    chip = _described_tpu()
+    for name, value in DESCRIBED.items():
+        os.environ.setdefault(name, value)
+    chip = jax.sharding.SingleDeviceSharding(chips()[0])
     row = jax.ShapeDtypeStruct((1, size), jnp.bfloat16, sharding=chip)
     weight = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
 
@@ -44,16 +54,8 @@ def _tpu(rounds: int) -> Figures:
     return figures
 
 
-def _described_tpu() -> Any:
+def chips() -> list[Any]:
+    """The devices of a v5e slice that is only described; `DESCRIBED` must be in the environment."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("compiling for a TPU needs the libtpu wheel: pip install 'jaxcompress[tpu-compile]'")
-    described = {
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for those who use a TPU
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    for name, value in described.items():
-        os.environ.setdefault(name, value)
-    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
-    return jax.sharding.SingleDeviceSharding(devices[0])
+    return list(topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)

@@ -36,7 +36,8 @@ def load_plain(path: Path, like: Any) -> Any:
 
 def classifier(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
     """`(variables, images) -> logits` in evaluation mode."""
-    return lambda variables, images: model.apply(variables, images)  # type: ignore[return-value]
+    apply: Any = model.apply
+    return lambda variables, images: apply(variables, images)
 
 
 def accuracy(model: nn.Module, variables: Any, split: Split) -> float:

@@ -392,7 +392,4 @@ def gathered(rows: Iterable[tuple[str, int, Mapping[str, float]]], paper: Mappin
 
 def written(result: _results.Result, config: Config, draw: Callable[[Path], None]) -> _results.Result:
     """Writes `NAME.json` and its figure `NAME.png`, and says so."""
-    result.write(config.out / f"{result.name}.json")
-    draw(config.out / f"{result.name}.png")
-    print(f"written: {config.out / result.name}.json and .png", flush=True)
-    return result
+    return _results.written(result, config.out, draw)

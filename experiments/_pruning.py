@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,7 +128,8 @@ class Lab:
 
     def apply(self, params: Params, images: jax.Array) -> jax.Array:
         """Logits of a model without batch statistics."""
-        return self.model.apply({"params": params}, images)  # type: ignore[return-value]
+        logits: Any = self.model.apply({"params": params}, images)
+        return logits
 
     def loss(self, params: Params, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
         """Mean cross entropy, as a `Loss`."""
@@ -152,8 +154,8 @@ class Lab:
         return 100 * float(self._right(params, extras or {}, images, labels))
 
     def _rightly(self, params: Params, extras: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = self.model.apply({"params": params, **extras}, images)
-        return jnp.mean(jnp.argmax(logits, axis=-1) == labels)  # type: ignore[arg-type]
+        logits: Any = self.model.apply({"params": params, **extras}, images)
+        return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
     def test(self, name: str, params: Params, extras: Any = None) -> float:
         """Per cent of the test split, which is read once for each final model."""
@@ -309,9 +311,8 @@ def write(
     result: _results.Result, config: Config, lines: Lines, y_title: str, *, x_title: str, log: bool = True
 ) -> None:
     """Writes `NAME.json` and its figure `NAME.png`, and says so."""
-    result.write(config.out / f"{result.name}.json")
-    curves(config.out / f"{result.name}.png", lines, x_title=x_title, y_title=y_title, title=result.title, log=log)
-    print(f"written: {config.out / result.name}.json and .png", flush=True)
+    draw = partial(curves, lines=lines, x_title=x_title, y_title=y_title, title=result.title, log=log)
+    _results.written(result, config.out, draw)
 
 
 def curves(

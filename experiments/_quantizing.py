@@ -166,7 +166,8 @@ class Folded(Images):
         params, extras = self._normalised(params, arguments, seed=seed, epochs=self.config.epochs, extras=extras)
 
         def run(variables: Any, images: jax.Array) -> jax.Array:
-            return self.normalised.model.apply(variables, images)  # type: ignore[return-value]
+            logits: Any = self.normalised.model.apply(variables, images)
+            return logits
 
         variables = quantize.fold(run, {"params": params, **extras}, self.images[:100])
         plain = {name: dict(layer) for name, layer in variables["params"].items() if not name.startswith("BatchNorm")}

@@ -166,9 +166,8 @@ def dropped_words(share: float) -> Any:
 
 def layer_tables(room: TextRoom, model: Reader, variables: Mapping[str, Any], layer_map: Sequence[int]) -> Any:
     """The teacher's hidden states and attention scores that a student's layers learn from, a row an example."""
-    run = jax.jit(
-        lambda v, x: chosen_layers(model.apply(v, x, method=Reader.layers), layer_map)  # type: ignore[arg-type]
-    )
+    apply: Any = model.apply
+    run = jax.jit(lambda v, x: chosen_layers(apply(v, x, method=Reader.layers), layer_map))
     parts = [run(variables, room.images[i : i + 500]) for i in range(0, len(room.images), 500)]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 

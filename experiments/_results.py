@@ -21,7 +21,7 @@ import platform
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,15 @@ class Result:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def written(result: Result, out: Path, draw: Callable[[Path], None] | None = None) -> Result:
+    """Writes `NAME.json` into `out`, and its figure `NAME.png` if there is one, and says so."""
+    result.write(out / f"{result.name}.json")
+    if draw is not None:
+        draw(out / f"{result.name}.png")
+    print(f"written: {out / result.name}.json{' and .png' if draw is not None else ''}", flush=True)
+    return result
 
 
 def result(

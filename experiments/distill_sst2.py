@@ -153,7 +153,8 @@ class Pupil:
         own: Any = self.model.apply({PARAMS: params["student"]}, lesson.images, method=Reader.layers)
         project = partial(self.project.apply, params["project"])
         parts = layer_losses(own, lesson.rows, project, lesson.images != PADDING)
-        return sum(jnp.mean(lesson.knobs[key] * part) for key, part in parts.items()), extras  # type: ignore[return-value]
+        weighed = (jnp.mean(lesson.knobs[key] * part) for key, part in parts.items())
+        return sum(weighed, jnp.zeros(())), extras
 
     def from_layers(self, name: str, seed: int, weights: Mapping[str, float]) -> Any:
         """Parameters after the phases that have an intermediate loss."""

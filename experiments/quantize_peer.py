@@ -94,9 +94,7 @@ def main(config: Config) -> _results.Result:
             *(f"qwix refuses {kind}: {error}" for kind, error in refused.items()),
         ],
     )
-    result.write(config.out / f"{result.name}.json")
-    print(f"written: {config.out / result.name}.json", flush=True)
-    return result
+    return _results.written(result, config.out)
 
 
 def _theirs(lab: Images, params: Any, bits: int | None) -> tuple[Apply, Any, Apply]:

@@ -168,8 +168,7 @@ def _formats(lab: Images, config: Config, found: dict[str, dict[int, dict[str, f
             "All kernels, the first and the last too, rounded to nearest; biases, norms and tables stay in float32.",
         ],
     )
-    result.write(config.out / f"{result.name}.json")
-    print(f"written: {config.out / result.name}.json", flush=True)
+    _results.written(result, config.out)
 
 
 if __name__ == "__main__":

@@ -208,11 +208,12 @@ def pruned(
     try:
         got, _, _ = jax.jit(_with_state(small_graph, _name_failures))(small_state, args, kwargs)
     except Exception as error:
-        failed: tuple[str, Any] = getattr(error, "jaxcompress_layer", ("", small))
+        failed = error if isinstance(error, _LayerError) else _LayerError("", small)
+        cause = error.__cause__ if error is failed else error
         raise ValueError(
-            f"{_described(*failed)} does not run on the arrays that the plan leaves ({error}): it has sizes of its "
-            "own. Take jaxcompress.nnx.Pruned(module, plan), which runs any module"
-        ) from error
+            f"{_described(failed.path, failed.layer)} does not run on the arrays that the plan leaves ({cause}): it "
+            "has sizes of its own. Take jaxcompress.nnx.Pruned(module, plan), which runs any module"
+        ) from cause
     apart = difference(expected, got)
     if not apart <= tolerance:
         ways = "jaxcompress.nnx.Pruned(module, plan)"
@@ -329,8 +330,16 @@ def _described(path: str, layer: Any) -> str:
     return f"{f'the layer {path!r}' if path else 'the model itself'} ({type(layer).__name__}({sizes}))"
 
 
+class _LayerError(Exception):
+    """What a layer raised is its cause."""
+
+    def __init__(self, path: str, layer: Any):
+        super().__init__(path)
+        self.path, self.layer = path, layer
+
+
 def _name_failures(model: Any) -> None:
-    """Has the innermost module in `model` that fails say so: `(path, module)` in the error's `jaxcompress_layer`."""
+    """Has the innermost module in `model` that fails say so, by a `_LayerError`."""
     for path, module in list(nnx.iter_modules(model)):
         module.__class__ = _failing(type(module), "/".join(map(str, path)))
 
@@ -343,11 +352,11 @@ def _failing(cls: type, path: str) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return own(self, *args, **kwargs)
-        except Exception as error:
-            if not hasattr(error, "jaxcompress_layer"):
-                self.__class__ = cls
-                error.jaxcompress_layer = path, self  # type: ignore[attr-defined]
+        except _LayerError:
             raise
+        except Exception as error:
+            self.__class__ = cls
+            raise _LayerError(path, self) from error
 
     return type(cls.__name__, (cls,), {"__call__": call})
 

@@ -64,6 +64,7 @@ def register_product(leaf: type[Leaf]) -> Callable[[Product], Product]:
     """
 
     def decorate(product: Product) -> Product:
+        # rules are chosen by their annotations, of which one is a variable here: a type checker cannot follow
         @register(lax.dot_general_p)
         def _input_weight(x: ArrayLike, w: leaf, **params: Any) -> Any:  # type: ignore[valid-type]
             return product(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)

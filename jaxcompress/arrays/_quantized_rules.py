@@ -44,11 +44,10 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     w_free = dims.w_free(w.ndim)
     if not varies:
         scale = along_output(w.steps, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
-        product = _dot_tiles(x, w, dims, params) * scale
+        product = (_dot_codes if w.as_integers else _dot_tiles)(x, w, dims, params) * scale
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
-        x = _rounded_input(x, w, dims) * along_contracted(w.spread(w.steps), dims, x.ndim)
-        decode = _centred if w.of_integers else None
-        product = tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims, decode=decode)
+        per_input = along_contracted(w.spread(w.steps), dims, x.ndim)
+        product = _dot_tiles(x, w, dims, params, per_input)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
             return NotImplemented
@@ -73,29 +72,34 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
 
 def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
-    """A product of groups; one row is computed twice, for XLA:TPU would write the decoded weight out for one."""
+    """A product of groups; on a TPU one row is computed twice, for XLA would write the decoded weight out for one."""
     rows = dims.x_free(x.ndim)
     if not rows or any(x.shape[axis] != 1 for axis in rows):
         return product(x, w)
-    twice = product(jnp.concatenate([x, x], axis=rows[-1]), w)
-    return lax.slice_in_dim(twice, 0, 1, axis=len(dims.x_batch) + len(rows) - 1)
+
+    def twice() -> Array:
+        both = product(jnp.concatenate([x, x], axis=rows[-1]), w)
+        return lax.slice_in_dim(both, 0, 1, axis=len(dims.x_batch) + len(rows) - 1)
+
+    return lax.platform_dependent(tpu=twice, default=lambda: product(x, w))
 
 
-def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    """The unscaled product, decoded tile by tile where that is faster."""
+def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
+    """The unscaled product of floats, decoded tile by tile where that is faster; inputs may be scaled first."""
+    x = _rounded_input(x, w, dims)
+    x = x if per_input is None else x * per_input
+    decode = _centred if w.of_integers else None
+    return tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims, decode=decode)
 
-    def floats(x: Array, w: Quantized) -> Array:
-        return _dot_columns(_dot_floats, x, w, dims, params)
 
-    if not w.as_integers:
-        decode = _centred if w.of_integers else None
-        return tiled(floats, _rounded_input(x, w, dims), w, dims, decode=decode)
+def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """The product of integers, scaled by the inputs' steps."""
 
     def integers(codes: Array) -> Array:
         # XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two int8 as
         # exactly as integers do
         return tiled(
-            lambda x, w: floats(x, w).astype(jnp.int32),
+            lambda x, w: _dot_columns(_dot_floats, x, w, dims, params).astype(jnp.int32),
             codes.astype(jnp.float32),
             w,
             dims,

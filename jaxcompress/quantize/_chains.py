@@ -17,6 +17,8 @@ from jaxcompress.paths import named_leaves
 _INLINE = {"jit", "pjit", "closed_call", "core_call"}
 _CUSTOM = {"custom_jvp_call"}
 _AFFINE = {"add", "sub", "mul", "div"}
+SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type"}
+"""What gives the same numbers in another shape or dtype."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,8 @@ def fake(
             chosen = {name: functools.partial(view, name) for name, spec in by_name.items() if spec is not None}
             return with_folded(fn, args, kwargs, chosen, view)
         viewed = with_leaves(params, [view(name, x) for name, x in leaves], is_leaf)
-        return compressed(fn)(viewed, *rest, **kwargs)  # type: ignore[arg-type]
+        on_leaves: Callable[..., R] = compressed(fn)
+        return on_leaves(viewed, *rest, **kwargs)
 
     return run
 

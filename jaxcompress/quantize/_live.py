@@ -13,9 +13,7 @@ from jaxtyping import Array
 
 from jaxcompress.arrays import compressed, is_leaf
 from jaxcompress.paths import named_leaves
-from jaxcompress.quantize._chains import Operation, Value, flattened, kernel_of, rebound, used
-
-_SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type"}
+from jaxcompress.quantize._chains import SHAPES, Operation, Value, flattened, kernel_of, rebound, used
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _scaled(y: Value, size: int, users: Mapping[int, list[Operation]], ends: set
 
 def _core(x: Value) -> Value:
     """What a value was broadcast from."""
-    while x.operation is not None and x.operation.name in _SHAPES:
+    while x.operation is not None and x.operation.name in SHAPES:
         x = x.operation.inputs[0]
     return x
 

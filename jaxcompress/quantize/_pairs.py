@@ -13,10 +13,10 @@ from jaxtyping import Array
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.paths import named_leaves, with_leaves
-from jaxcompress.quantize._chains import Operation, Value, flattened, kernel_of, of_params, used
+from jaxcompress.quantize._chains import SHAPES, Operation, Value, flattened, kernel_of, of_params, used
 from jaxcompress.quantize._scaling import move_scale, shared_channels
 
-_SCALED = {"mul", "div", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose"}
+_SCALED = {"mul", "div", "transpose", *SHAPES}
 
 
 def pairs(

@@ -130,7 +130,9 @@ def test_review_fusion_has_the_teachers_shapes_and_early_stages_hear_of_deep_one
     assert [x.shape for x in fused] == [(2, *shape) for shape in teacher]
 
     def of_stage(i, j):
-        of_map = lambda m: fusion.apply(params, [*maps[:j], m, *maps[j + 1 :]])[i].sum()  # noqa: E731
+        def of_map(m):
+            return fusion.apply(params, [*maps[:j], m, *maps[j + 1 :]])[i].sum()
+
         return np.any(jax.grad(of_map)(maps[j]))
 
     reach = [[of_stage(i, j) for j in range(3)] for i in range(3)]
@@ -143,13 +145,19 @@ def test_paraphraser_learns_to_reconstruct_and_translator_to_match(rng):
     student = np.concatenate([teacher[..., :1], rng.normal(size=(8, 4, 4, 1))], -1).astype("float32")
     coder, translate = distill.paraphraser(4, 2), distill.translator(2, 2)
     params = coder.init(jax.random.key(0))
-    reconstruction = lambda p: distill.hint_loss(coder.decode(p, coder.encode(p, teacher)), teacher).mean()  # noqa: E731
+
+    def reconstruction(p):
+        return distill.hint_loss(coder.decode(p, coder.encode(p, teacher)), teacher).mean()
+
     trained = descend(reconstruction, params, 300)
     assert reconstruction(trained) < 0.3 * reconstruction(params)
     factors = coder.encode(trained, teacher)
     assert factors.shape == (8, 4, 4, 2)
     ours = translate.init(jax.random.key(1))
-    transfer = lambda p: distill.factor_transfer_loss(translate.apply(p, student), factors).mean()  # noqa: E731
+
+    def transfer(p):
+        return distill.factor_transfer_loss(translate.apply(p, student), factors).mean()
+
     assert transfer(descend(transfer, ours, 200)) < 0.5 * transfer(ours)
 
 
@@ -202,7 +210,10 @@ def test_dense_projector_learns_a_linear_teacher(rng):
     teacher = (student @ rng.normal(size=(6, 9)) + 1).astype("float32")
     projector = distill.dense_projector(6, 9)
     params = projector.init(jax.random.key(0))
-    loss = lambda p: distill.hint_loss(projector.apply(p, student), teacher).mean()  # noqa: E731
+
+    def loss(p):
+        return distill.hint_loss(projector.apply(p, student), teacher).mean()
+
     step = jax.jit(lambda p: jax.tree.map(lambda w, g: w - 2.0 * g, p, jax.grad(loss)(p)))
     first = loss(params)
     for _ in range(200):

@@ -50,7 +50,10 @@ def test_intermediate_loss_over_a_given_map(rng, mask):
     student, teacher = encoder(rng, 2, 6), encoder(rng, 4, 9)
     projector = distill.dense_projector(6, 9)
     params = projector.init(jax.random.key(0))
-    project = lambda h: projector.apply(params, h)  # noqa: E731
+
+    def project(h):
+        return projector.apply(params, h)
+
     got = distill.intermediate_loss(student, teacher, project=project, layer_map=(0, 1, 4), where=mask)
     want = sum(
         distill.hidden_state_loss(project(student.hidden[m]), teacher.hidden[g], where=mask)

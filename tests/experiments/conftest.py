@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from experiments import _results
 from experiments._splits import Dataset, HeldOut, Split
 from experiments.data import load
 
@@ -12,6 +15,27 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("JAXCOMPRESS_DATA_DIR", raising=False)
     return cache / "jaxcompress" / "tfds"
+
+
+RECORDED = Path(__file__).parents[2] / "experiments" / "results"
+
+
+@pytest.fixture(scope="session")
+def recorded():
+    """Of a recorded result, by name, each row's figures."""
+    return lambda name: {row.name: row.ours for row in _results.read(RECORDED / f"{name}.json").rows}
+
+
+@pytest.fixture(scope="session")
+def recorded_means():
+    """Of a recorded result of three seeds, by name, each row's means."""
+
+    def means(name: str) -> dict:
+        result = _results.read(RECORDED / f"{name}.json")
+        assert all(len(row.seeds) == 3 for row in result.rows)
+        return {row.name: {key: figure.mean for key, figure in row.ours.items()} for row in result.rows}
+
+    return means
 
 
 @pytest.fixture(scope="session")

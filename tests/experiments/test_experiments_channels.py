@@ -116,12 +116,8 @@ def test_commands():
     )
 
 
-RECORDED = Path(__file__).parents[2] / "experiments" / "results"
-
-
-def test_recorded_normalisations_are_alike_after_fine_tuning():
-    result = _results.read(RECORDED / "prune_norms_digits.json")
-    rows = {row.name: row.ours for row in result.rows}
+def test_recorded_normalisations_are_alike_after_fine_tuning(recorded):
+    rows = recorded("prune_norms_digits")
     for title in prune_norms.MODELS:
         for percent in ("12.5", "25", "50"):
             traced, derived = (rows[f"{title}, {way}"][f"tuned_{percent}"].mean for way in prune_norms.WAYS)
@@ -129,14 +125,8 @@ def test_recorded_normalisations_are_alike_after_fine_tuning():
             assert traced > rows[f"{title}, as traced"][f"bare_{percent}"].mean
 
 
-def recorded(name: str) -> dict:
-    result = _results.read(RECORDED / f"{name}.json")
-    assert all(len(row.seeds) == 3 for row in result.rows)
-    return {row.name: {key: figure.mean for key, figure in row.ours.items()} for row in result.rows}
-
-
-def test_recorded_scores_are_alike_after_fine_tuning_and_not_at_once():
-    rows = recorded("prune_channels_scores_cifar10")
+def test_recorded_scores_are_alike_after_fine_tuning_and_not_at_once(recorded_means):
+    rows = recorded_means("prune_channels_scores_cifar10")
     local = {name: row for name, row in rows.items() if ", " not in name}
     assert len(local) == 9 and all(50 < row["flops"] < 52 for row in rows.values())
     assert all(row["tuned"] > row["at_once"] + 20 for row in rows.values())
@@ -145,8 +135,8 @@ def test_recorded_scores_are_alike_after_fine_tuning_and_not_at_once():
     assert rows["lamp, all layers together"]["tuned"] < rows["random"]["tuned"] - 3
 
 
-def test_recorded_random_weights_do_as_well_as_fine_tuned_ones_and_rewound_ones_better():
-    rows = {name: row["accuracy"] for name, row in recorded("prune_channels_beside_cifar10").items()}
+def test_recorded_random_weights_do_as_well_as_fine_tuned_ones_and_rewound_ones_better(recorded_means):
+    rows = {name: row["accuracy"] for name, row in recorded_means("prune_channels_beside_cifar10").items()}
     assert rows["random weights, same epochs"] > rows["l1, fine-tuned"]
     assert rows["random weights, same operations"] > rows["l1, fine-tuned"]
     for score in ("l1", "taylor"):

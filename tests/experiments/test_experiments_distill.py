@@ -331,15 +331,7 @@ def test_every_method(tmp_path):
     assert len(different) > 15  # each term does something
 
 
-RECORDED = Path(__file__).parents[2] / "experiments" / "results"
-
-
-def recorded(name: str) -> dict:
-    """Of a recorded result, each row's figures."""
-    return {row.name: row.ours for row in _results.read(RECORDED / f"{name}.json").rows}
-
-
-def test_recorded_mnist_has_the_papers_order_in_every_seed():
+def test_recorded_mnist_has_the_papers_order_in_every_seed(recorded):
     rows = recorded("distill_table_mnist")
     errors = [rows[name]["errors"].values for name in distill_mnist.PAPER]
     for teacher, scratch, distilled, blind, corrected in zip(*errors, strict=True):
@@ -347,7 +339,7 @@ def test_recorded_mnist_has_the_papers_order_in_every_seed():
     assert rows[distill_mnist.WITHOUT]["of_3"].mean < 0.15 * 1010  # it knows the digit that it has never seen
 
 
-def test_recorded_temperatures_matter_less_where_there_is_room():
+def test_recorded_temperatures_matter_less_where_there_is_room(recorded):
     rows = {
         name: {key: f.mean for key, f in ours.items()} for name, ours in recorded("distill_temperatures_mnist").items()
     }
@@ -356,7 +348,7 @@ def test_recorded_temperatures_matter_less_where_there_is_room():
     assert narrow["t1"] < narrow["t2"] < min(narrow["t8"], narrow["t20"])
 
 
-def test_recorded_larger_teachers_teach_a_small_student_worse():
+def test_recorded_larger_teachers_teach_a_small_student_worse(recorded):
     rows = recorded("distill_growing_mnist").values()
     teachers, students = ([ours[key].mean for ours in rows] for key in ("teacher", "distilled"))
     assert teachers == sorted(teachers) and students == sorted(students, reverse=True)

@@ -167,18 +167,8 @@ def test_slimming(tmp_path):
     assert rows["no penalty"]["left_50"].mean < 60
 
 
-RECORDED = Path(__file__).parents[2] / "experiments" / "results"
-
-
-def recorded(name: str) -> dict:
-    """Of a recorded result, each row's means."""
-    result = _results.read(RECORDED / f"{name}.json")
-    assert all(len(row.seeds) == 3 for row in result.rows)
-    return {row.name: {key: figure.mean for key, figure in row.ours.items()} for row in result.rows}
-
-
-def test_recorded_tickets_of_weights_win_and_learn_faster():
-    rows = recorded("prune_tickets_weights_lenet_mnist")
+def test_recorded_tickets_of_weights_win_and_learn_faster(recorded_means):
+    rows = recorded_means("prune_tickets_weights_lenet_mnist")
     for name, row in rows.items():
         assert row["gain"] > 0, name
         if row["left"] > 4:  # "match down to 3.6 %"; at the large rate to within a quarter of a point
@@ -188,23 +178,23 @@ def test_recorded_tickets_of_weights_win_and_learn_faster():
     assert last["0.01"]["gain"] > 10 * last["0.1"]["gain"] > 30
 
 
-def test_recorded_tickets_of_units_are_no_better_than_longer_training():
-    for name, row in recorded("prune_tickets_units_lenet_mnist").items():
+def test_recorded_tickets_of_units_are_no_better_than_longer_training(recorded_means):
+    for name, row in recorded_means("prune_tickets_units_lenet_mnist").items():
         if name.startswith("rate 0.1,"):
             assert row["scratch_b"] > row["ticket"] and row["gain"] < 1, name
 
 
-def test_recorded_signs_matter_more_than_sizes():
-    trained = {name: row["trained_95"] for name, row in recorded("prune_signs_lenet_mnist").items()}
+def test_recorded_signs_matter_more_than_sizes(recorded_means):
+    trained = {name: row["trained_95"] for name, row in recorded_means("prune_signs_lenet_mnist").items()}
     assert trained["constant_keep_sign"] > trained["constant_random_sign"] + 20
     assert trained["resample_keep_sign"] > trained["reinitialise"] + 20
     assert abs(trained["reshuffle_keep_sign"] - trained["rewind"]) < 1
-    criteria = {name: row["trained_95"] for name, row in recorded("prune_criteria_lenet_mnist").items()}
+    criteria = {name: row["trained_95"] for name, row in recorded_means("prune_criteria_lenet_mnist").items()}
     assert min(criteria[k] for k in ("large_final", "magnitude_increase", "movement")) > criteria["random"] + 50
 
 
-def test_recorded_supermasks_classify_without_trained_weights():
-    rows = recorded("prune_supermasks_lenet_mnist")
+def test_recorded_supermasks_classify_without_trained_weights(recorded_means):
+    rows = recorded_means("prune_supermasks_lenet_mnist")
     for kind in map(str, prune_masks.KINDS):
         assert rows[kind]["accuracy"] > rows["no mask, initial weights"]["accuracy"] + 70, kind
         assert (
@@ -212,16 +202,16 @@ def test_recorded_supermasks_classify_without_trained_weights():
         )
 
 
-def test_recorded_scores_all_beat_random_and_spreading_matters_most():
-    rows = recorded("prune_scores_lenet_mnist")
+def test_recorded_scores_all_beat_random_and_spreading_matters_most(recorded_means):
+    rows = recorded_means("prune_scores_lenet_mnist")
     assert rows.keys() == {"dense", *prune_curves.SCORES}
     for name in prune_curves.SCORES:
         assert name == "random" or all(rows[name][s] > rows["random"][s] + 20 for s in ("90", "95", "98")), name
         assert ", " in name or rows[name]["98"] < rows["magnitude, ERK"]["98"] - 10, name
 
 
-def test_recorded_slimming_costs_little_where_the_penalty_made_room():
-    rows = recorded("prune_slimming_digits")
+def test_recorded_slimming_costs_little_where_the_penalty_made_room(recorded_means):
+    rows = recorded_means("prune_slimming_digits")
     assert rows["proximal, 0.08"]["bare_60"] > rows["proximal, 0.08"]["dense"] - 1
     assert rows["no penalty"]["bare_60"] < rows["no penalty"]["dense"] - 30
     assert rows["proximal, 0.08"]["zero"] > 60 > 0 == rows["subgradient, 0.08"]["zero"]

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import tpu
 from jaxcompress import train
 
 pytest.importorskip("libtpu", reason="compiling for a TPU needs the libtpu wheel: pip install jaxcompress[tpu-compile]")
@@ -24,16 +24,10 @@ BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
 @pytest.fixture(scope="module")
 def chips():
-    described = {
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for those who use a TPU
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in described.items():
+        for name, value in tpu.DESCRIBED.items():
             patch.setenv(name, os.environ.get(name, value))
-        return topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+        return tpu.chips()
 
 
 def forward(layers, x):

@@ -180,15 +180,13 @@ def verify(
     both = eqx.filter_jit(lambda a, b: (measured(of_whole, a), measured(of_small, b)))(masked, cut)
     (wholes, of_mask), (smalls, of_cut) = jax.device_get(both)  # what follows would be many small compilations
     finite = all(bool(np.isfinite(x).all()) for x in jax.tree.leaves((wholes, of_mask)))
-    forward = max(
-        (_difference(a, b, np.abs(a).max(initial=0.0)) for a, b in zip(wholes, smalls, strict=True)), default=0.0
-    )
+    forward = max((relative_difference(a, b) for a, b in zip(wholes, smalls, strict=True)), default=0.0)
     if not gradient:
         return Verification(forward, None, finite, tolerance)
     scale = max((np.abs(x).max(initial=0.0) for x in jax.tree.leaves(of_cut)), default=0.0)
     small_gradients = dict(paths.named_leaves(of_cut))
     backward = max(
-        _difference(_kept(x, plan.keep.get(name, {})), small_gradients[name], scale)
+        relative_difference(_kept(x, plan.keep.get(name, {})), small_gradients[name], scale)
         for name, x in paths.named_leaves(of_mask)
     )
     return Verification(forward, backward, finite, tolerance)
@@ -204,5 +202,7 @@ def _kept(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     return x
 
 
-def _difference(a: np.ndarray, b: np.ndarray, scale: Any) -> float:
+def relative_difference(a: np.ndarray, b: np.ndarray, scale: Any = None) -> float:
+    """The largest difference, by `scale` or else by the largest value of `a`."""
+    scale = np.abs(a).max(initial=0.0) if scale is None else scale
     return float(np.abs(a - b).max(initial=0.0) / np.maximum(scale, 1e-30))
