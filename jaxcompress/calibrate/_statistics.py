@@ -183,8 +183,8 @@ def _viewed(params: Any, views: dict[str, tuple[Any, ...]], token: int) -> Any:
     return with_leaves(params, leaves, is_leaf)
 
 
-def _found(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[str]) -> dict[str, Layout]:
-    """How each weight is used, in the order of first use."""
+def _uses(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[str]) -> dict[str, Uses]:
+    """What becomes of each weight, in the order of first use."""
     uses: dict[str, Uses] = {}
     views = {name: (None, None, None, name) for name in names}
     token = log.set(uses)
@@ -195,6 +195,18 @@ def _found(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[s
         log.reset(token)
     if not out:
         raise ValueError("the function returns no floating-point array, so nothing would be measured")
+    return uses
+
+
+def layouts_where_one(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[str]) -> dict[str, Layout]:
+    """How weights meet their inputs: those of `names` that do so in one way; the others are not there."""
+    uses = _uses(fn, params, batch, names)
+    return {name: use.layouts[0] for name, use in uses.items() if len(set(use.layouts)) == 1}
+
+
+def _found(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[str]) -> dict[str, Layout]:
+    """How each weight is used, in the order of first use."""
+    uses = _uses(fn, params, batch, names)
     layouts = {}
     for name in [name for name in uses if name in names] + [name for name in names if name not in uses]:
         use = uses.get(name, Uses())

@@ -13,7 +13,15 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
-from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, multiplied, shared_channels
+from jaxcompress.quantize._scaling import (
+    Pairs,
+    check_pairs,
+    check_same,
+    move_scale,
+    multiplied,
+    shared_channels,
+    with_fronts,
+)
 
 
 def awq(
@@ -75,9 +83,10 @@ def awq(
     observer = InputObserver(fn, params, first, {f"^{re.escape(name)}$": True for name in behind})
     statistics = observer.measure(params, batches)
     leaves = dict(named_leaves(params, is_leaf))
+    layouts = with_fronts(fn, params, first, pairs, observer.layouts)
     for front, weights in pairs:
         seen = [statistics[name] for name in weights]
-        channels = shared_channels(front, weights, leaves, observer.layouts)
+        channels = shared_channels(front, weights, leaves, layouts)
         energy = sum(jnp.mean((s.squares / s.rows[:, None]).reshape(-1, channels), axis=0) for s in seen)
         scale = _searched(
             [leaves[name] for name in weights],

@@ -11,7 +11,7 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.calibrate._watched import Watcher, measured
 from jaxcompress.paths import named_leaves, with_leaves
-from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, shared_channels
+from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, shared_channels, with_fronts
 
 
 def smooth(
@@ -49,8 +49,9 @@ def smooth(
     if not batches:
         raise ValueError("there are no batches to measure inputs on: `batches` is empty")
     leaves, layouts = _laid(fn, params, batches[0], pairs)
-    seen = measured(Watcher(fn, list(layouts), "peaks"), params, batches)
-    peaks = {name: jnp.max(jnp.stack([batch[name] for batch in seen]), axis=0) for name in layouts}
+    behind = list(dict.fromkeys(name for _, weights in pairs for name in weights))
+    seen = measured(Watcher(fn, behind, "peaks"), params, batches)
+    peaks = {name: jnp.max(jnp.stack([batch[name] for batch in seen]), axis=0) for name in behind}
     for front, weights in pairs:
         channels = shared_channels(front, weights, leaves, layouts)
         of_inputs = jnp.max(jnp.stack([_by_channel(peaks[name], channels) for name in weights]), axis=0)
@@ -108,12 +109,12 @@ def equalize(
 def _laid(
     fn: Callable[[Any, Any], Any], params: Any, batch: Any, pairs: Pairs
 ) -> tuple[dict[str, Array], dict[str, Layout]]:
-    """The leaves by name, and how the weights behind meet their inputs."""
+    """The leaves by name, and how weights meet their inputs."""
     leaves = dict(named_leaves(params, is_leaf))
     check_pairs(pairs, list(leaves))
     behind = [name for _, weights in pairs for name in weights]
     observer = InputObserver(fn, params, batch, {f"^{re.escape(name)}$": True for name in behind}, gram=False)
-    return leaves, observer.layouts
+    return leaves, with_fronts(fn, params, batch, pairs, observer.layouts)
 
 
 def _checked(fn: Callable[[Any, Any], Any], params: Any, leaves: Any, batch: Any, tolerance: float) -> Any:

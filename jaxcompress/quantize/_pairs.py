@@ -14,7 +14,7 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.paths import named_leaves, with_leaves
 from jaxcompress.quantize._chains import SHAPES, Operation, Value, flattened, kernel_of, of_params, used
-from jaxcompress.quantize._scaling import move_scale, shared_channels
+from jaxcompress.quantize._scaling import move_scale, shared_channels, with_fronts
 
 _SCALED = {"mul", "div", "transpose", *SHAPES}
 
@@ -61,7 +61,8 @@ def pairs(
     if not weights:
         return []
     measured = {f"^{re.escape(name)}$": True for name in weights}
-    layouts = InputObserver(fn, params, batch, measured, gram=False).layouts
+    observer = InputObserver(fn, params, batch, measured, gram=False)
+    layouts = with_fronts(fn, params, batch, candidates, observer.layouts)
     run = jax.jit(lambda changed: fn(with_leaves(params, list({**leaves, **changed}.values()), is_leaf), batch))
     found: list[tuple[list[str], list[str]]] = []
     taken: set[str] = set()

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import Layout
+from jaxcompress.calibrate._statistics import layouts_where_one
+from jaxcompress.paths import named_leaves
 
 Pairs = Sequence[tuple[Sequence[str], Sequence[str]]]
 """`(in front, behind)`: paths of parameters that scale the inputs of weights, and paths of these weights."""
@@ -36,6 +39,21 @@ def move_scale(
         leaves[name] = multiplied(leaves[name], scale, layout)
 
 
+def with_fronts(
+    fn: Callable[[Any, Any], Any], params: Any, batch: Any, pairs: Pairs, layouts: Mapping[str, Layout]
+) -> dict[str, Layout]:
+    """The weights' layouts, and those of what is in front where its shape leaves open which of its axes are channels.
+
+    A kernel `[4, 8]` in front of 32 inputs may make 32 channels (heads of 8) or 8 that are met at 4 places: the trace
+    knows.
+    """
+    leaves = dict(named_leaves(params, is_leaf))
+    fewest = [(front, min(layouts[name].matrix_shape[1] for name in behind)) for front, behind in pairs]
+    open_ = [name for front, inputs in fewest for name in front if _depth(leaves[name].shape, inputs) > 1]
+    found = layouts_where_one(fn, params, batch, open_) if open_ else {}
+    return {**found, **layouts}
+
+
 def shared_channels(
     front: Sequence[str], weights: Sequence[str], leaves: Mapping[str, Array], layouts: Mapping[str, Layout]
 ) -> int:
@@ -47,10 +65,20 @@ def shared_channels(
                 f"{name!r} is {layouts[name].matrix_shape[0]} matrices (stacked or grouped): scale it alone"
             )
     for channels in (min(inputs), leaves[front[0]].shape[-1]):
-        if all(_depth(leaves[name].shape, channels) for name in front) and not any(n % channels for n in inputs):
+        makes_them = all(_makes(leaves[name].shape, channels, layouts.get(name)) for name in front)
+        if makes_them and not any(n % channels for n in inputs):
             return channels
     shapes = {name: leaves[name].shape for name in (*front, *weights)}
     raise ValueError(f"what is in front does not end with the channels of what is behind: {shapes}")
+
+
+def _makes(shape: tuple[int, ...], channels: int, layout: Layout | None) -> bool:
+    """Whether the last axes are so many channels; of a kernel, its outputs only."""
+    depth = _depth(shape, channels)
+    if layout is None or not depth:
+        return bool(depth)
+    outputs = layout.own_axes(layout.outputs)
+    return all(axis in outputs for axis in range(len(shape) - depth, len(shape)))
 
 
 def _depth(shape: tuple[int, ...], channels: int) -> int:

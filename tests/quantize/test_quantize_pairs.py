@@ -65,3 +65,25 @@ def test_zeros_in_a_kernel_are_no_evidence(rng):
     x = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
     assert quantize.pairs(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x) == []
     assert quantize.pairs(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, x) == [(["a"], ["b"])]
+
+
+def test_a_kernel_whose_axes_together_are_as_many_as_the_next_inputs(rng):
+    """A kernel [3, 3, 4, 8] in front of 32 inputs, which are 8 channels at 4 places, not 4 * 8 channels."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def run(p, x):
+        y = jax.nn.relu(lax.conv_general_dilated(x, p["a"], (2, 2), "SAME", dimension_numbers=numbers))
+        return y.reshape(x.shape[0], -1) @ p["b"]
+
+    shapes = {"a": (3, 3, 4, 8), "b": (32, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    params["a"] = params["a"] * jnp.exp(jnp.asarray(rng.normal(size=8), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32)
+    found = quantize.pairs(run, params, x)
+    assert found == [(["a"], ["b"])]
+    out = quantize.equalize(run, params, x, found)
+    makes, takes = jnp.max(jnp.abs(out["a"]), (0, 1, 2)), jnp.max(jnp.abs(out["b"].reshape(4, 8, 3)), (0, 2))
+    assert jnp.allclose(makes, takes, rtol=1e-3)
+    scaled = quantize.awq(run, params, [x], {"a|b": quantize.Affine(4)}, found)
+    ratio = scaled["a"] / params["a"]
+    assert jnp.allclose(ratio, ratio[:1, :1, :1], rtol=1e-5) and jnp.ptp(ratio) > 0.1  # a scale an output, of 8
