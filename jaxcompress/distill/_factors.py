@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import feature_pair, keep
-from jaxcompress.distill._projectors import Projector
+from jaxcompress.distill._projectors import Projector, convolve
 from jaxcompress.distill._safe import scaled, unit
 
 
@@ -102,8 +102,7 @@ def _convolutions(key: jax.Array, widths: tuple[int, ...]) -> list[dict[str, jax
 
 def _convolve(params: Any, x: jax.Array, last_is_linear: bool = False) -> jax.Array:
     for i, layer in enumerate(params):
-        x = jax.lax.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x += layer["bias"]
+        x = convolve(x, layer["kernel"]) + layer["bias"]
         if not (last_is_linear and i == len(params) - 1):
             x = jax.nn.leaky_relu(x, 0.1)
     return x

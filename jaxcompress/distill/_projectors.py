@@ -78,18 +78,24 @@ def conv_projector(
         return params
 
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        y = jax.lax.conv_general_dilated(
-            x,
-            params["kernel"],
-            window_strides=(window.stride, window.stride),
-            padding=((window.padding, window.padding),) * 2,
-            lhs_dilation=(window.dilation, window.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        y += params["bias"]
+        padding = ((window.padding, window.padding),) * 2
+        y = convolve(x, params["kernel"], window.stride, padding, window.dilation) + params["bias"]
         return jax.nn.relu(_batch_norm(y) * params["scale"] + params["offset"]) if batch_norm else y
 
     return Projector(init, apply)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = "SAME", dilation: int = 1) -> jax.Array:
+    """`x` `[batch, height, width, in]` with a kernel HWIO, in the wider of their dtypes, as `@` has it."""
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    return jax.lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        (stride,) * 2,
+        padding,
+        lhs_dilation=(dilation,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 class _Window(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import feature_pair, keep
-from jaxcompress.distill._projectors import Projector
+from jaxcompress.distill._projectors import Projector, convolve
 from jaxcompress.distill._safe import adaptive_pool, mean_square
 
 Shape = tuple[int, int, int]
@@ -80,14 +80,14 @@ def review_fusion(student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shap
         results: list[jax.Array] = []
         deeper = None
         for i in reversed(range(last + 1)):
-            fused = _conv(student_maps[i], params[i]["reduce"])
+            fused = convolve(student_maps[i], params[i]["reduce"])
             if deeper is not None:
                 residual = jax.image.resize(deeper, fused.shape, "nearest")
-                attention = jax.nn.sigmoid(_conv(jnp.concatenate([fused, residual], -1), params[i]["attend"]))
+                attention = jax.nn.sigmoid(convolve(jnp.concatenate([fused, residual], -1), params[i]["attend"]))
                 fused = fused * attention[..., :1] + residual * attention[..., 1:]
             deeper = fused
             resized = jax.image.resize(fused, (len(fused), *teacher_shapes[i][:2], channels), "nearest")
-            results.insert(0, _conv(resized, params[i]["expand"]))
+            results.insert(0, convolve(resized, params[i]["expand"]))
         return results
 
     return Projector(init, apply)
@@ -95,7 +95,3 @@ def review_fusion(student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shap
 
 def _kernel(key: jax.Array, size: int, channels_in: int, channels_out: int) -> jax.Array:
     return jax.random.normal(key, (size, size, channels_in, channels_out)) / math.sqrt(size * size * channels_in)
-
-
-def _conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -204,6 +204,25 @@ def test_conv_projector_meets_the_teachers_shape(rng, student, teacher, kernel, 
     assert np.all(y >= 0) if batch_norm else np.any(y < 0)
 
 
+def test_what_learns_beside_a_half_precision_student_stays_in_float32(rng):
+    """Parameters in float32 and maps in bfloat16, as in mixed precision: the float32 results of the rounded maps."""
+    x = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.bfloat16)
+    coder, fusion = distill.paraphraser(3, 2), distill.review_fusion([(4, 4, 3)], [(4, 4, 5)], channels=2)
+    cases = {
+        "convolution": distill.conv_projector((4, 4, 3), (4, 4, 5), batch_norm=True),
+        "dense": distill.dense_projector(3, 5),
+        "variational": distill.variational_projector(3, 5),
+        "translator": distill.translator(3, 2),
+        "paraphraser": distill.Projector(coder.init, coder.encode),
+        "review": distill.Projector(fusion.init, lambda p, x: fusion.apply(p, [x])[0]),
+    }
+    for name, projector in cases.items():
+        params = projector.init(jax.random.key(0))
+        found, gradient = jax.jit(jax.value_and_grad(lambda p, x, f=projector.apply: f(p, x).sum()))(params, x)
+        np.testing.assert_allclose(found, projector.apply(params, x.astype(jnp.float32)).sum(), rtol=1e-5, err_msg=name)
+        assert {leaf.dtype for leaf in jax.tree.leaves((found, gradient))} == {jnp.dtype("float32")}, name
+
+
 def test_dense_projector_learns_a_linear_teacher(rng):
     """A hint can be met through the projector: the loss falls to nothing when the teacher is linear in the student."""
     student = rng.normal(size=(64, 6)).astype("float32")
