@@ -1,13 +1,15 @@
 """Compressed weights as values that stand where arrays stood.
 
 A compressed model is the parameter tree it was, with some arrays replaced by leaves: `Quantized` (integers and a
-scale), `Codebook` (indices of a few shared values) or `Sparse` (a bit mask and the kept values). `compressed(model)`
-runs on such a tree, `dense(tree)` turns it back into arrays, and `nbytes(tree)` counts what it stores.
+scale), `Codebook` (indices of a few shared values), `Sparse` (a bit mask and the kept values) or `LowRank` (two thin
+factors). `compressed(model)` runs on such a tree, `dense(tree)` turns it back into arrays, and `nbytes(tree)` counts
+what it stores.
 """
 
 from jaxcompress.arrays import (  # noqa: F401 (they register rules)
     _codebook_rules,
     _control,
+    _low_rank_rules,
     _quantized_rules,
     _quantized_shapes,
     _quantized_updates,
@@ -17,12 +19,14 @@ from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._inputs import quantize_input
 from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
+from jaxcompress.arrays._low_rank import LowRank
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
 
 __all__ = [
     "Codebook",
     "Leaf",
+    "LowRank",
     "MadeDenseError",
     "Quantized",
     "Sparse",
