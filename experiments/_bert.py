@@ -38,25 +38,33 @@ embed = partial(nn.Embed, embedding_init=nn.initializers.truncated_normal(0.02))
 
 
 class Layer(nn.Module):
-    """Self-attention and a feed-forward part, each with a shortcut and a layer normalisation behind."""
+    """Self-attention and a feed-forward part, each with a shortcut and a layer normalisation behind, or before."""
 
     size: Size
     dropout: float = 0.0
+    before: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """The layer's result, and its attention scores; `mask` `[batch, tokens]` is True on tokens."""
         size, heads = self.size, self.size.heads
         drop = nn.Dropout(self.dropout, deterministic=not train)
+        norms = [nn.LayerNorm(epsilon=1e-12, name=f"norm_{i}") for i in (1, 2)]
+        first, second = ((norm, _same) if self.before else (_same, norm) for norm in norms)
         split = (*x.shape[:2], heads, size.hidden // heads)
-        q, k, v = (dense(size.hidden, name=name)(x).reshape(split) for name in ("query", "key", "value"))
+        y = first[0](x)
+        q, k, v = (dense(size.hidden, name=name)(y).reshape(split) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / split[-1] ** 0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9))
         seen = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        x = nn.LayerNorm(epsilon=1e-12, name="norm_1")(x + drop(dense(size.hidden, name="out")(seen)))
-        wide = nn.gelu(dense(size.intermediate, name="wide")(x), approximate=False)
+        x = first[1](x + drop(dense(size.hidden, name="out")(seen)))
+        wide = nn.gelu(dense(size.intermediate, name="wide")(second[0](x)), approximate=False)
         narrow = drop(dense(size.hidden, name="narrow")(wide))
-        return nn.LayerNorm(epsilon=1e-12, name="norm_2")(x + narrow), scores
+        return second[1](x + narrow), scores
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 class Bert(nn.Module):
@@ -65,10 +73,13 @@ class Bert(nn.Module):
     Attributes:
       size: its widths and numbers.
       dropout: the rate behind the embeddings and behind each half of a layer, in training.
+      before: whether a layer's halves are normalised before and not behind, which deep networks learn more easily
+        (Xiong et al., "On layer normalization in the transformer architecture", 2020).
     """
 
     size: Size = BASE
     dropout: float = 0.0
+    before: bool = False
 
     @nn.compact
     def __call__(
@@ -84,7 +95,9 @@ class Bert(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         hidden, attention = [x], []
         for i in range(size.layers):
-            x, scores = Layer(size, self.dropout, name=f"layer_{i}")(x, mask, train)
+            x, scores = Layer(size, self.dropout, self.before, name=f"layer_{i}")(x, mask, train)
+            if self.before and i == size.layers - 1:
+                x = nn.LayerNorm(epsilon=1e-12, name="norm_last")(x)
             hidden.append(x)
             attention.append(scores)
         pooled = nn.tanh(dense(size.hidden, name="pool")(x[:, 0]))

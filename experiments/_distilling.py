@@ -7,6 +7,7 @@ training images are shown as they are, a teacher's logits are computed once, as 
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import re
@@ -51,6 +52,10 @@ __all__ = [
 T = TypeVar("T")
 Variables = Mapping[str, Any]
 PARAMS = "params"
+TRIED = (
+    "how far the teachers' images move, the students' widths, T and the length: by a trial of one seed on validation"
+    " data, after a setting without moving images had shown no gain"
+)
 ELSEWHERE = {"data_dir", "out", "log", "resume", "seeds", "parts", "methods"}  # what does not change a figure
 
 
@@ -65,7 +70,7 @@ class Config:
     out: Path = Path("experiments/results")
     """Where the result file and the figure go."""
     log: Path | None = None
-    """Where each training's metrics go, as JSON lines; nowhere by default."""
+    """Where each training's metrics go, as JSON lines; by default a folder of the experiment's name in `out`."""
     resume: Path | None = None
     """A folder that keeps what was measured, so that a command that was cut off goes on there."""
     seeds: int = 3
@@ -170,6 +175,12 @@ class Room:
     def learner(self, model: nn.Module, loss: Loss, **options: Any) -> "Learner":
         """A training of fresh copies of a model."""
         return Learner(self, lambda seed: self.init(model, seed), loss, **options)
+
+    def metrics(self, name: str) -> train.JsonLines:
+        """The file of a training's metrics, a line an epoch."""
+        config = self.config
+        folder = config.log or config.out / Path(inspect.getfile(type(config))).stem
+        return train.JsonLines(folder / config.data / f"{plain(name)}.jsonl")
 
     def setting(self) -> str:
         """What a table should say of the training."""
@@ -286,14 +297,13 @@ class Learner:
         extras = {key: tree for key, tree in variables.items() if key != PARAMS}
         state = train.TrainState.create(variables[PARAMS], self.tx, key=jax.random.key(seed), extras=extras)
         frozen = {"images": room.images, "labels": room.labels, "rows": rows, "knobs": jax.tree.map(strong, knobs)}
-        log = room.config.log
         state = train.fit(
             self.step,
             state,
             self._batches(seed, subset),
             steps=self.steps * self.times,
             frozen=frozen,
-            on_metrics=None if log is None else train.JsonLines(log / f"{plain(name)}.jsonl"),
+            on_metrics=room.metrics(name),
             log_every=room.steps,
         )
         return {PARAMS: state.params, **state.extras}
@@ -365,6 +375,11 @@ def jittered(by: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 def plain(what: str) -> str:
     """A name for a file."""
     return re.sub("[^a-z0-9]+", "_", what.lower())
+
+
+def named(*parts: str) -> str:
+    """A result's name, of the parts that are not empty."""
+    return "_".join(part for part in parts if part)
 
 
 def command(module: str, config: Config) -> str:

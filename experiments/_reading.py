@@ -70,15 +70,17 @@ class Reader(nn.Module):
       size: of the encoder.
       dropout: of the encoder, and before the head.
       classes: outputs.
+      before: see `Bert`.
     """
 
     size: Size
     dropout: float = 0.0
     classes: int = 2
+    before: bool = False
 
     def setup(self) -> None:
         """The encoder and the head."""
-        self.bert = Bert(self.size, self.dropout)
+        self.bert = Bert(self.size, self.dropout, self.before)
         self.head = nn.Dense(self.classes)
         self.drop = nn.Dropout(self.dropout)
 

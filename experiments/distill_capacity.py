@@ -242,6 +242,7 @@ def shapes(config: Config) -> _results.Result:
         print(f"shapes, seed {seed}: done", flush=True)
     rows_ = gathered(figures)
     pairs = [
+        (f"{SHALLOW}, {SOFT}", f"{SHALLOW}, {SCRATCH}"),
         (f"{SHALLOW}, {LOGITS}", f"{SHALLOW}, {SCRATCH}"),
         (f"{SHALLOW}, {LOGITS}", f"{SHALLOW}, {SOFT}"),
         (f"{THIN}, {HINTS}", f"{THIN}, {SCRATCH}"),
@@ -249,14 +250,15 @@ def shapes(config: Config) -> _results.Result:
         (f"{THIN}, {HINTS}", TEACHER),
     ]
     result = room.result(
-        name=f"distill_shapes_{c.data}",
-        title=f"Shallow, and thin and deep students, on {c.data}",
+        name=_distilling.named("distill_shapes", c.data, "jittered" if c.deep_jitter else ""),
+        title=f"Shallow, and thin and deep students, on {c.data}"
+        + (", the teacher's images moving" if c.deep_jitter else ""),
         source="Ba & Caruana 2014 report shallow students that come close to deep teachers on TIMIT and CIFAR-10 when"
         " they"
         " match logits; Romero et al. 2015 a thin deep student that, by hints, beats its teacher on CIFAR-10 with fewer"
         " parameters. Both are of other data and networks.",
         command=command("distill_capacity", c),
-        selection="nothing was chosen",
+        selection=_distilling.TRIED if c.deep_jitter else "nothing was chosen",
         columns=[Column("accuracy", "test accuracy (%)"), Column("size", "parameters", 0)],
         rows=rows_,
         pairs=[("accuracy", *pair) for pair in pairs] if c.seeds > 1 else (),

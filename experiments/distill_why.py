@@ -81,6 +81,7 @@ def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibra
     return Calibration(count / len(sure), mean[0], mean[1])
 
 
+HOW = ("hard labels", "smoothed labels")
 Known = dict[tuple[float, int], Any]
 """Teachers by smoothing and seed."""
 
@@ -100,6 +101,21 @@ class School:
         self._teach = self.room.learner(self.teacher, logits_loss(self.teacher, smoothed, move))
         self.smooth = self.room.learner(self.student, logits_loss(self.student, smoothed))
         self.learn = self.room.learner(self.student, logits_loss(self.student, guided))
+
+    @property
+    def kind(self) -> str:
+        """What the results' names say of the setting: whether the teachers' images move."""
+        return "jittered" if self.config.jitter else ""
+
+    @property
+    def moved(self) -> str:
+        """The same for titles."""
+        return ", the teachers' images moving" if self.config.jitter else ""
+
+    @property
+    def selection(self) -> str:
+        """What was chosen, and by what."""
+        return _distilling.TRIED if self.config.jitter else "nothing was chosen"
 
     def teach(self, smoothing: float, seed: int) -> Any:
         """A teacher, trained once for all parts."""
@@ -140,7 +156,7 @@ def smoothing(config: Config, known: Known) -> _results.Result:
             nll = float(jnp.mean(distill.hard_label_loss(logits, labels)))
             measures[name] = {"accuracy": accuracy(logits, labels), "nll": nll, "bins": bins}
 
-        for name, epsilon in (("hard labels", 0.0), ("smoothed labels", c.smoothing)):
+        for name, epsilon in zip(HOW, (0.0, c.smoothing), strict=True):
             teacher = school.teach(epsilon, seed)
             record(f"teacher, {name}", school.teacher, teacher)
             record(f"student, {name}", school.student, school.smooth(f"student {name} {seed}", seed, knobs=epsilon))
@@ -155,18 +171,19 @@ def smoothing(config: Config, known: Known) -> _results.Result:
             figures.append((name, seed, {"ece": 100 * found.error, "accuracy": ours["accuracy"], "nll": ours["nll"]}))
         print(f"smoothing, seed {seed}: done", flush=True)
     rows_ = sorted(gathered(figures), key=lambda row: row.name, reverse=True)
-    students = [f"student of the teacher with {name}" for name in ("smoothed labels", "hard labels")]
+    students = [f"student of the teacher with {how}" for how in reversed(HOW)]
     result = room.result(
-        name=f"distill_smoothing_{c.data}",
-        title=f"Teachers with and without label smoothing, on {c.data}",
+        name=_distilling.named("distill_smoothing", c.data, school.kind),
+        title=f"Teachers with and without label smoothing, on {c.data}{school.moved}",
         source="Müller et al. 2019 report that label smoothing makes teachers better calibrated and no less accurate,"
         " and"
         " their students worse than those of teachers without it; their figures are of other data and networks.",
         command=command("distill_why", c),
-        selection="nothing was chosen",
+        selection=school.selection,
         columns=school.columns(),
         rows=rows_,
-        pairs=[("accuracy", *students), ("accuracy", "teacher, smoothed labels", "teacher, hard labels"),
+        pairs=[*(("accuracy", f"student of the teacher with {how}", f"student, {how}") for how in HOW),
+               ("accuracy", *students), ("accuracy", "teacher, smoothed labels", "teacher, hard labels"),
                ("ece", "teacher, smoothed labels", "teacher, hard labels")] if c.seeds > 1 else (),
         notes=[
             room.setting(),
@@ -220,15 +237,15 @@ def partly(config: Config, known: Known) -> _results.Result:
         print(f"partial, seed {seed}: done", flush=True)
     rows_ = gathered(figures)
     result = room.result(
-        name=f"distill_partial_{c.data}",
-        title=f"What is left of distillation with one effect at a time, on {c.data}",
+        name=_distilling.named("distill_partial", c.data, school.kind),
+        title=f"What is left of distillation with one effect at a time, on {c.data}{school.moved}",
         source="Tang et al. 2020 report, on CIFAR-100 and ImageNet, that re-weighting the examples and the similarity"
         " of"
         " classes each help, beyond label smoothing, and together come close to distillation; their figures are of"
         " other"
         " data and networks.",
         command=command("distill_why", c),
-        selection="nothing was chosen",
+        selection=school.selection,
         columns=[Column("accuracy", "test accuracy (%)")],
         rows=rows_,
         pairs=[("accuracy", row.name, "labels alone") for row in rows_ if row.name not in ("teacher", "labels alone")]
@@ -268,8 +285,8 @@ def targets(config: Config, known: Known) -> _results.Result:
             figures.append((f"T = {t:g}", seed, {f"class{k}": float(x) for k, x in enumerate(q)} | {"teacher": right}))
             shown.setdefault(t, []).append(np.asarray(q))
     result = room.result(
-        name=f"distill_targets_{c.data}",
-        title=f"The soft targets of one image, on {c.data}",
+        name=_distilling.named("distill_targets", c.data, school.kind),
+        title=f"The soft targets of one image, on {c.data}{school.moved}",
         source="In %. Hinton, Vinyals & Dean 2015, equation 1; the paper has no such figure of a digit.",
         command=command("distill_why", c),
         selection="the validation image that the first seed's teacher gets right with the least confidence",

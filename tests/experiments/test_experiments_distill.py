@@ -1,6 +1,7 @@
 """The distillation experiments on short settings: real data, every arm, and what they claim to have done."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -30,8 +31,8 @@ from experiments.distill_why import calibration
 
 
 @pytest.fixture(scope="module")
-def room():
-    return Room(_distilling.Config(seeds=1, epochs=2, batch_size=128, rate=0.01))
+def room(tmp_path_factory):
+    return Room(_distilling.Config(seeds=1, epochs=2, batch_size=128, rate=0.01, out=tmp_path_factory.mktemp("out")))
 
 
 def checked(result: _results.Result, out: Path) -> dict:
@@ -45,7 +46,6 @@ def checked(result: _results.Result, out: Path) -> dict:
 def test_a_learner_is_a_plain_loop_and_its_arms_share_a_program(room, tmp_path):
     """Against Adam on a distillation loss written out."""
     model, total = Mlp((16,)), 2 * room.steps
-    room.config = dataclasses.replace(room.config, log=tmp_path)
     learn = room.learner(model, logits_loss(model, guided))
     rows = jax.random.normal(jax.random.key(5), (len(room.labels), 10))
     knobs = {"alpha": 0.3, "temperature": 2.0}
@@ -76,8 +76,12 @@ def test_a_learner_is_a_plain_loop_and_its_arms_share_a_program(room, tmp_path):
     learn("two", 4, rows=rows + 1, knobs={"alpha": 1, "temperature": 20})
     (jitted, _), *others = learn.step._jitted.values()
     assert not others and jitted._cache_size() == 1
-    lines = (tmp_path / "one.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and '"loss"' in lines[0]
+    for folder in (None, tmp_path):  # beside the results, or where one says
+        room.config = dataclasses.replace(room.config, log=folder)
+        found = (folder or room.config.out / "_distilling") / "digits" / "one.jsonl"
+        if folder:
+            learn("one", 3, rows=rows, knobs=knobs)
+        assert [json.loads(line)["step"] for line in found.read_text().splitlines()] == [room.steps, total]
 
 
 def test_a_subset_is_all_that_is_shown(room):

@@ -134,7 +134,9 @@ def test_tinyberts_recipe(tmp_path):
     result = distill_sst2.main(config)
     assert _results.read(tmp_path / f"{result.name}.json") == result
     rows = {row.name: row.ours for row in result.rows}
-    assert len(rows) == 9 and len(result.test_reads) == 9 and result.choices[0].what.startswith("C of")
+    assert len(rows) == 9 and len(result.test_reads) == 9
+    strength, training = result.choices
+    assert strength.what.startswith("C of") and list(training.scores) == ["dropout 0.1", "dropout 0.1, born again"]
     assert rows[distill_sst2.BAG]["accuracy"].mean > 65  # a real task
     taught = [name for name in rows if "student" in name or "without" in name]
     assert len({rows[name]["accuracy"].values for name in taught}) > 2  # each loss does something
