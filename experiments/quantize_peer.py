@@ -136,7 +136,7 @@ def _stepper(apply: Apply, params: Any, lab: Images) -> Callable[[], Any]:
     optimizer, (images, labels) = optax.adam(1e-3), (lab.images[: lab.batch], lab.labels[: lab.batch])
 
     @jax.jit
-    def step(params: Any, state: Any) -> Any:
+    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:  # constants would be rounded once
         def loss(params: Any) -> jax.Array:
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(apply(params, images), labels))
 
@@ -146,7 +146,7 @@ def _stepper(apply: Apply, params: Any, lab: Images) -> Callable[[], Any]:
     held = [(params, optimizer.init(params))]
 
     def call() -> Any:
-        held[0] = step(*held[0])
+        held[0] = step(*held[0], images, labels)
         return held[0]
 
     return call
