@@ -1,6 +1,7 @@
 """Random programs: a few operations in a row on values [batch, time, channels], from all kinds that have a rule."""
 
 import channels_ops_more  # noqa: F401 its operations register themselves
+import jax
 import jax.numpy as jnp
 import numpy as np
 from channels_ops import OPS, Maker
@@ -43,9 +44,16 @@ def program(seed, length=6, kinds=()):
     return fn, m.params, (x,)
 
 
-def difference(seed, length=6, gradient=True, kinds=()):
-    """How far the cut program is from the masked one; None if it has no exact group to cut."""
+def difference(seed, length=6, gradient=True, kinds=(), double=False):
+    """How far the cut program is from the masked one, in single or double precision; None if it has no exact group to
+    cut."""
+    with jax.enable_x64(double):
+        return _difference(seed, length, gradient, kinds)
+
+
+def _difference(seed, length, gradient, kinds):
     fn, params, args = program(seed, length, kinds)
+    params, args = jax.tree.map(lambda a: a.astype(float) if a.dtype == jnp.float32 else a, (params, args))
     groups = channels.groups(fn, params, *args)
     rng = np.random.default_rng(seed)
     units = {

@@ -16,8 +16,11 @@ def test_a_sample(seed):
 @pytest.mark.parametrize("block", range(40))
 def test_many(block):
     for seed in range(100 + 50 * block, 150 + 50 * block):
-        found = difference(seed, length=3 + seed % 5, gradient=seed % 3 == 0)
-        assert found is None or found < 3e-5, (seed, program(seed, 3 + seed % 5)[0].__name__)
+        drawn = {"seed": seed, "length": 3 + seed % 5, "gradient": seed % 3 == 0}
+        found, limit = difference(**drawn), 3e-5
+        if found is not None and found >= limit:  # one in a thousand rounds badly; a mistake stays in double precision
+            found, limit = difference(**drawn, double=True), 1e-10
+        assert found is None or found < limit, (seed, program(seed, 3 + seed % 5)[0].__name__)
 
 
 def test_every_kind_is_drawn():
