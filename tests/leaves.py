@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import Quantized, Sparse
+from jaxcompress.arrays import LowRank, Quantized, Sparse
 
 
 def quantized(
@@ -28,10 +28,21 @@ def sparse(shape, *, keep=0.3, stacked=0, dtype="float32", seed=0) -> Sparse:
     return Sparse.from_dense(jnp.asarray(array, dtype), stacked=stacked)
 
 
+def low_rank(shape, *, rows=None, rank=3, stacked=0, dtype="float32", seed=0) -> LowRank:
+    """Random factors; `rows` are the left one's axes, by default all but the last one."""
+    rng = np.random.default_rng(seed)
+    stack, rows = list(shape[:stacked]), tuple(range(stacked, len(shape) - 1)) if rows is None else rows
+    columns = [axis for axis in range(stacked, len(shape)) if axis not in rows]
+    left, right = [*stack, *(shape[axis] for axis in rows), rank], [*stack, rank, *(shape[axis] for axis in columns)]
+    factors = [jnp.asarray(rng.normal(size=sizes), dtype) for sizes in (left, right)]
+    return LowRank.from_factors(*factors, left_axes=rows, stacked=stacked)
+
+
 KINDS = {
     "int8": lambda shape, **kw: quantized(shape, **kw),
     "int4": lambda shape, **kw: quantized(shape, bits=4, **kw),
     "asymmetric": lambda shape, **kw: quantized(shape, asymmetric=True, **kw),
     "per tensor": lambda shape, **kw: quantized(shape, axes=(), **kw),
     "sparse": lambda shape, **kw: sparse(shape, **kw),
+    "low rank": lambda shape, **kw: low_rank(shape, **kw),
 }

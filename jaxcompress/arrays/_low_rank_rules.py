@@ -92,7 +92,7 @@ def _conv(x: ArrayLike, w: LowRank, **params: Any) -> Any:
 
     def convolutions(x: Array, one: Factor, other: Factor) -> Array:
         thin = lax.conv_general_dilated_p.bind(x, kernel(first, one, out_axis), **along(first))
-        return lax.conv_general_dilated_p.bind(thin, kernel(second, other, in_axis), **along(second))
+        return lax.conv_general_dilated_p.bind(thin.astype(x.dtype), kernel(second, other, in_axis), **along(second))
 
     return _run(w, convolutions, jnp.asarray(x), first.factor, second.factor)
 
