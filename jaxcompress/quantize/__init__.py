@@ -28,7 +28,7 @@ from jaxcompress.quantize._float_products import FloatProduct
 from jaxcompress.quantize._fold import fold
 from jaxcompress.quantize._formats import MX, NF4, Floats
 from jaxcompress.quantize._gptq import gptq
-from jaxcompress.quantize._learned import Learned, learn, settle
+from jaxcompress.quantize._learned import Learned, LearnedTernary, learn, settle
 from jaxcompress.quantize._pairs import pairs
 from jaxcompress.quantize._ranges import Entropy, LeastSquares, MinMax, Percentile, Range, input_ranges
 from jaxcompress.quantize._static import static
@@ -45,6 +45,7 @@ __all__ = [
     "KMeans",
     "LayerCost",
     "Learned",
+    "LearnedTernary",
     "LeastSquares",
     "MinMax",
     "Percentile",

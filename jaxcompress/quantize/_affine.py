@@ -58,14 +58,15 @@ def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine(), *, key: Ar
     """The weight on `spec`'s grid, as a compressed leaf: round to nearest, ties to even.
 
     The dense value is within half a step of the weight; a block of zeros (or of subnormals) becomes exact zeros. With a
-    random `key` the rounding is stochastic: up with the probability of the fraction, so that the mean is the weight.
+    random `key` the rounding is stochastic: up with the probability of the fraction, so that the mean is the weight. (A
+    grid with a zero point then has a step to spare, or a weight at its end might have no integer on its other side.)
 
     Raises:
       TypeError: the weight isn't a real floating-point array.
       ValueError: non-finite weights (unless traced), or axes that the weight doesn't have.
     """
     weight = check_float(weight)
-    scale, zero_point = _grid(weight, spec)
+    scale, zero_point = _grid(weight, spec, spare=int(key is not None))
     group = None if spec.group is None else (_axis(spec.group[0], weight.ndim) - weight.ndim, spec.group[1])
     return Quantized.from_codes(
         _codes(weight, scale, zero_point, spec, key),
@@ -116,16 +117,18 @@ def check_float(weight: Any) -> Array:
     return weight
 
 
-def _grid(weight: Array, spec: Affine) -> tuple[Array, Array | None]:
-    """float32 scale and zero point (integers, as float32), one a block."""
+def _grid(weight: Array, spec: Affine, spare: int = 0) -> tuple[Array, Array | None]:
+    """float32 scale and zero point (integers, as float32), one a block; with a `spare` step no weight is outside."""
     low, high = spec.limits
     weight = weight.astype(jnp.float32)
     if spec.symmetric:
         return _step(_over_blocks(jnp.max, jnp.abs(weight), spec) / high), None
     smallest = jnp.minimum(_over_blocks(jnp.min, weight, spec), 0.0)
     largest = jnp.maximum(_over_blocks(jnp.max, weight, spec), 0.0)
-    scale = _step(largest / (high - low) - smallest / (high - low))  # apart, or a huge range overflows
-    return scale, jnp.clip(jnp.round(low - smallest / scale), low, high)
+    steps = high - low - spare
+    scale = _step(largest / steps - smallest / steps)  # apart, or a huge range overflows
+    zero_point = (jnp.ceil if spare else jnp.round)(low - smallest / scale)
+    return scale, jnp.clip(zero_point, low, high)
 
 
 def _step(scale: Array) -> Array:

@@ -98,8 +98,8 @@ class Ternary:
     """Three values, two bits a weight: zero below a threshold, and the mean of what is above it.
 
     Li & Liu 2016, "Ternary Weight Networks": the threshold `0.7 mean|w|`, one magnitude for both signs. With `signed`
-    each sign has its own (Zhu et al. 2017, "Trained Ternary Quantization", learn the two: train the centroids of what
-    `convert` makes). `fake` trains under it, as under `Binary`.
+    each sign has its own. `fake` trains under it, as under `Binary`; `learn` trains the two magnitudes with the weights
+    (Zhu et al. 2017, "Trained Ternary Quantization").
 
     Attributes:
       threshold: in units of the mean magnitude.

@@ -1,5 +1,6 @@
-"""Steps that are learned with the weights: LSQ, and PACT for the inputs."""
+"""What weights are rounded to, learned with them: steps (LSQ, and PACT for the inputs), and three values (TTQ)."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -12,22 +13,38 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxcompress.arrays import Leaf, Quantized, compressed, is_leaf, register
+from jaxcompress.arrays import Codebook, Leaf, Quantized, compressed, is_leaf, register
 from jaxcompress.arrays._inputs import input_limits
 from jaxcompress.arrays._products import ON_THE_WAY
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, _over_blocks, _spread, check_float
+from jaxcompress.quantize._codebook import Ternary
 from jaxcompress.quantize._fake import FakeQuantized
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
 from jaxcompress.quantize._steps import to_steps
 
 
-class Learned(Leaf):
-    """A float weight with the steps that it and its inputs are rounded to, all of them trained.
+class Trained(Leaf):
+    """A float weight that is rounded wherever it is used, with what it is rounded to, all of them trained.
 
     It stands in the tree of parameters where its weight stood, as a pytree of float arrays: gradients, optimizers and
-    checkpoints take it as it is. Their paths end with `/weight`, `/step` and `/input_step`, for rules of sharding or
-    weight decay. `compressed(fn)` rounds the weight, and the inputs where they meet it.
+    checkpoints take it as it is. `compressed(fn)` rounds the weight.
+    """
+
+    def view(self) -> Array | FakeQuantized:
+        """What stands for the weight during one call."""
+        return self.materialise()
+
+    def settled(self) -> Leaf:
+        """The compressed leaf of what was trained."""
+        raise NotImplementedError
+
+
+class Learned(Trained):
+    """A float weight with the steps that it and its inputs are rounded to, all of them trained.
+
+    Their paths end with `/weight`, `/step` and `/input_step`, for rules of sharding or weight decay. `compressed(fn)`
+    rounds the weight, and the inputs where they meet it.
     """
 
     weight: Float[Array, "*shape"]
@@ -70,7 +87,7 @@ class Learned(Leaf):
         step = positive(self.input_step)
         return step / (high - low if self.unsigned else high) if self.input_rule == "pact" else step, zero
 
-    def integers(self) -> Quantized:
+    def settled(self) -> Quantized:
         """The weight as integers on the steps that were learned."""
         low, high = self._spec().limits
         step = positive(self.step)
@@ -93,12 +110,14 @@ class Learned(Leaf):
 
 def learn(
     params: Any,
-    rules: Rules[Affine | None],
+    rules: Rules[Affine | Ternary | None],
     ranges: Mapping[str, Range] | None = None,
     *,
     inputs: Literal["lsq", "pact"] | None = "lsq",
 ) -> Any:
     """`params` with the chosen weights as `Learned` leaves, whose steps are trained with everything else.
+
+    Under a `Ternary` rule two values are learned instead, with the weights that choose between them (`LearnedTernary`).
 
     Learned step size quantization (Esser et al. 2020): `q = round(clip(w / s, -Qn, Qp)) s`, whose gradient to `s` is
     `round(w/s) - w/s` inside and the limit outside, times `1 / sqrt(n Qp)` for `n` weights (or features) a step. The
@@ -111,8 +130,8 @@ def learn(
 
     Args:
       params: a tree of arrays.
-      rules: by path, the grid. `symmetric=False` uses the smallest integer too, as the paper does: with 2 bits, four
-        values instead of three. There is no zero point then either.
+      rules: by path, the grid, or a `Ternary`. `symmetric=False` uses the smallest integer too, as the paper does: with
+        2 bits, four values instead of three. There is no zero point then either.
       ranges: where the inputs' steps begin, from `input_ranges` with the same rules; without, the inputs of rules with
         `activation_bits` get steps as they come. Inputs that are never negative get all integers for what is positive.
       inputs: how the inputs' steps learn. "pact": the largest value is learned (Choi et al. 2018, equation 3), from
@@ -127,7 +146,8 @@ def learn(
     leaves = named_leaves(params, is_leaf)
     specs = match(rules, [name for name, _ in leaves], None)
     if ranges is not None:
-        check_ranges(ranges, [n for (n, _), s in zip(leaves, specs, strict=True) if s and s.activation_bits])
+        asked = [n for (n, _), s in zip(leaves, specs, strict=True) if isinstance(s, Affine) and s.activation_bits]
+        check_ranges(ranges, asked)
     made = [
         x if spec is None else _learned(name, x, spec, None if ranges is None else ranges.get(name), inputs)
         for (name, x), spec in zip(leaves, specs, strict=True)
@@ -136,8 +156,8 @@ def learn(
 
 
 def settle(params: Any) -> Any:
-    """`params` with each `Learned` leaf as the `Quantized` leaf of the integers that it was trained to round to."""
-    return jax.tree.map(lambda x: x.integers() if isinstance(x, Learned) else x, params, is_leaf=is_leaf)
+    """`params` with each leaf of `learn` as what it was trained to round to: a `Quantized` leaf, or a `Codebook`."""
+    return jax.tree.map(lambda x: x.settled() if isinstance(x, Trained) else x, params, is_leaf=is_leaf)
 
 
 def positive(step: Array) -> Array:
@@ -145,13 +165,15 @@ def positive(step: Array) -> Array:
     return jnp.maximum(jnp.abs(step), 1e-30)
 
 
-def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: str | None) -> Learned:
-    if not isinstance(spec, Affine):
-        raise TypeError(f"{name!r}: steps are learned of an Affine grid, got the rule {spec!r}")
+def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: str | None) -> Trained:
+    if not isinstance(spec, Affine | Ternary):
+        raise TypeError(f"{name!r}: steps are learned of an Affine grid, values of a Ternary; got the rule {spec!r}")
     if is_leaf(weight):
         raise TypeError(f"{name!r} is a {type(weight).__name__} already; steps are learned of float weights")
     try:
         weight = check_float(weight)
+        if isinstance(spec, Ternary):
+            return LearnedTernary.of(weight, spec)
         mean = _over_blocks(jnp.mean, jnp.abs(weight.astype(jnp.float32)), spec)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cannot quantize {name!r}: {error}") from error
@@ -177,25 +199,89 @@ def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: st
     )
 
 
+class LearnedTernary(Trained):
+    """A float weight that is `high`, zero or `-low`, as it is above, below or between two thresholds; all are trained.
+
+    Trained ternary quantization (Zhu et al. 2017, equations 7 and 8): a value gets the sum of the gradients of the
+    weights that have it; the weight's own is scaled by its value, so that weights cross the thresholds as training
+    goes on. Paths end with `/weight`, `/high` and `/low`.
+    """
+
+    weight: Float[Array, "*shape"]
+    high: Float[Array, "*blocks"]
+    """What is above the threshold, one a block, of the weight's rank."""
+    low: Float[Array, "*blocks"]
+    """Minus what is below the negative threshold."""
+    threshold: float = eqx.field(static=True)
+    """In units of the block's mean magnitude, as of `Ternary`. (The paper's is 0.05 of the largest.)"""
+
+    @classmethod
+    def of(cls, weight: Array, scheme: Ternary) -> "LearnedTernary":
+        """A leaf that begins with the means of what is above and below."""
+        values = dataclasses.replace(scheme, signed=True).convert(weight).centroids
+        return cls(weight=weight, high=values[..., 1], low=-values[..., 2], threshold=scheme.threshold)
+
+    def aval(self) -> ShapedArray:
+        return ShapedArray(self.weight.shape, self.weight.dtype)
+
+    def materialise(self) -> Array:
+        """The rounded weight."""
+        return _to_three(self.weight, self.high, self.low, self.threshold)
+
+    def settled(self) -> Codebook:
+        """The weight on the values that were learned: two bits each, zero being index 0."""
+        above, below = _sides(self.weight, self.high, self.threshold)
+        centroids = jnp.stack([jnp.zeros_like(self.high), self.high, -self.low], axis=-1)
+        return Codebook.from_indices(jnp.where(above, 1, jnp.where(below, 2, 0)), centroids, keep_zeros=True)
+
+
+def _sides(weight: Array, high: Array, threshold: float) -> tuple[Array, Array]:
+    """What is above the threshold, and what is below its negative."""
+    over = tuple(axis for axis in range(weight.ndim) if high.shape[axis] == 1)
+    level = threshold * jnp.mean(jnp.abs(weight.astype(jnp.float32)), axis=over, keepdims=True)
+    return weight > level, weight < -level
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _to_three(weight: Array, high: Array, low: Array, threshold: float) -> Array:
+    above, below = _sides(weight, high, threshold)
+    return jnp.where(above, high, jnp.where(below, -low, 0)).astype(weight.dtype)
+
+
+def _to_three_bwd(threshold: float, kept: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, Array]:
+    weight, high, low = kept
+    above, below = _sides(weight, high, threshold)
+    over = tuple(axis for axis in range(weight.ndim) if high.shape[axis] == 1)
+
+    def of_side(side: Array) -> Array:
+        return jnp.sum(jnp.where(side, cotangent, 0), axis=over, keepdims=True).astype(high.dtype)
+
+    slope = jnp.where(above, high, jnp.where(below, low, 1))
+    return (cotangent * slope).astype(weight.dtype), of_side(above), -of_side(below)
+
+
+_to_three.defvjp(lambda *args: (_to_three(*args), args[:3]), _to_three_bwd)
+
+
 def _as_its_view(primitive: Any) -> None:
     def run(params: Any, *operands: Any) -> Any:
-        viewed = [x.view() if isinstance(x, Learned) else x for x in operands]
+        viewed = [x.view() if isinstance(x, Trained) else x for x in operands]
         return compressed(functools.partial(primitive.bind, **params))(*viewed)
 
     @register(primitive)
-    def _alone(w: Learned, **params: Any) -> Any:
+    def _alone(w: Trained, **params: Any) -> Any:
         return run(params, w)
 
     if primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
 
         @register(primitive)
-        def _behind(x: ArrayLike, w: Learned, **params: Any) -> Any:
+        def _behind(x: ArrayLike, w: Trained, **params: Any) -> Any:
             return run(params, x, w)
 
     if primitive in (lax.dot_general_p, lax.gather_p):
 
         @register(primitive)
-        def _in_front(w: Learned, x: ArrayLike, **params: Any) -> Any:
+        def _in_front(w: Trained, x: ArrayLike, **params: Any) -> Any:
             return run(params, w, x)
 
 

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from scipy.stats import norm
 
-from jaxcompress import quantize
+from jaxcompress import pack, quantize
 from jaxcompress.arrays import compressed, dense, nbytes, watch
 from jaxcompress.quantize import MX, NF4, Affine, Floats
 from jaxcompress.quantize._formats import FP4_LEVELS, NF4_LEVELS
@@ -115,15 +115,30 @@ def test_products_and_lookups_need_no_dense_weight(weight, rng):
 
 
 def test_every_type_saves_and_restores(weight, tmp_path):
-    tree = {name.replace(" ", "_"): scheme.convert(weight) for name, scheme in SCHEMES.items()}
+    """By orbax and packed: same types, same structure, same bits."""
+    more = {
+        "float products": Floats("float8_e4m3fn", inputs="float8_e5m2"),
+        "zero points": Affine(8, symmetric=False),
+        "groups": Affine(4, group=(0, 32)),
+        "integer products": Affine(8, activation_bits=16),
+        "codebook": quantize.KMeans(6),
+        "ternary": quantize.Ternary(),
+        "binary": quantize.Binary(),
+    }
+    tree = {name.replace(" ", "_"): scheme.convert(weight) for name, scheme in (SCHEMES | more).items()}
+    tree["learned"] = quantize.learn(weight, {"": Affine(4, activation_bits=8)})
+    calibrated = {"w": quantize.Range(np.float32(-1.0), np.float32(2.0))}
+    tree["static"] = quantize.static({"w": Affine(8, activation_bits=8).convert(weight)}, calibrated)["w"]
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "step", tree)
         saver.wait_until_finished()
-        back = saver.restore(tmp_path / "step", jax.eval_shape(lambda: tree))
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+        restored = saver.restore(tmp_path / "step", jax.eval_shape(lambda: tree))
+    pack.save(tmp_path / "tree.jxc", tree)
+    for back in (restored, pack.load(tmp_path / "tree.jxc")):
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize("value", [0.0, -3e38, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e-45, 1.0, 3e4))])
@@ -141,12 +156,15 @@ def test_constant_channels_are_finite(value):
 
 
 def test_stochastic_rounding_has_the_weight_as_its_mean(rng):
+    """Also at the ends of a grid with a zero point."""
     w = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
-    draw = jax.jit(jax.vmap(lambda key: dense(quantize.quantize(w, Affine(3), key=key))))
-    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    step = np.asarray(quantize.quantize(w, Affine(3)).scale)
-    np.testing.assert_allclose(drawn.mean(0), w, atol=5 * float(step.max()) * 0.5 / np.sqrt(4000))
-    assert np.all(np.abs(drawn - w) <= step * (1 + 1e-5)) and np.any(drawn.std(0) > 0)
+    specs = [Affine(3), Affine(4, symmetric=False), Affine(2, symmetric=False, group=(0, 3))]
+    draw = jax.jit(jax.vmap(lambda key: [dense(quantize.quantize(w, spec, key=key)) for spec in specs]))
+    for spec, drawn in zip(specs, draw(jax.random.split(jax.random.key(0), 4000)), strict=True):
+        drawn, leaf = np.asarray(drawn), quantize.quantize(w, spec, key=jax.random.key(0))
+        step = np.asarray(leaf.spread(leaf.scale))
+        np.testing.assert_allclose(drawn.mean(0), w, atol=5 * float(step.max()) * 0.5 / np.sqrt(4000))
+        assert np.all(np.abs(drawn - w) <= step * (1 + 1e-5)) and np.any(drawn.std(0) > 0)
 
 
 def test_training_under_a_format(weight):

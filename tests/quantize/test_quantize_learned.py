@@ -1,5 +1,7 @@
 """Learned steps: the papers' gradients, that they are used in training, and that integers follow."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,31 @@ def test_pact_gradient_is_the_papers(rng):
     np.testing.assert_allclose(to_x, np.where((x >= 0) & (x <= 1.25), through, 0), rtol=1e-4, atol=1e-6)
     fixed = quantize.learn(params, rules, {"w": Range(np.float32(0), np.float32(1.25))}, inputs=None)
     assert not jax.grad(loss)(fixed, jnp.float32(x))["w"].input_step.any()
+
+
+def test_trained_ternary_gradients_are_the_papers(rng):
+    """Zhu et al. 2017, equations 7 and 8, a weight at a time; the codebook is what was trained."""
+    w, x, upstream = rng.normal(size=(9, 4)), rng.normal(size=(5, 9)), rng.normal(size=(5, 4))
+    learned = quantize.learn({"w": jnp.float32(w)}, {"w": quantize.Ternary(0.7)})["w"]
+    level = 0.7 * np.abs(w).mean()
+    np.testing.assert_allclose([learned.high.item(), learned.low.item()], [w[w > level].mean(), -w[w < -level].mean()])
+    learned = dataclasses.replace(learned, high=2 * learned.high)
+    high, low = learned.high.item(), learned.low.item()
+    ternary = np.where(w > level, high, np.where(w < -level, -low, 0))
+    np.testing.assert_allclose(learned.materialise(), ternary, rtol=1e-6)
+    loss = compressed(lambda w, x: jnp.sum(x @ w * upstream))
+    gradients = jax.grad(loss)(learned, jnp.float32(x))
+    of_ternary = x.T @ upstream
+    scaled = of_ternary * np.where(w > level, high, np.where(w < -level, low, 1))
+    np.testing.assert_allclose(gradients.weight, scaled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradients.high.item(), of_ternary[w > level].sum(), rtol=1e-4)
+    np.testing.assert_allclose(gradients.low.item(), -of_ternary[w < -level].sum(), rtol=1e-4)
+    settled = quantize.settle({"w": learned})["w"]
+    np.testing.assert_array_equal(settled.materialise(), learned.materialise())
+    assert settled.bits == 2
+    of_nothing = quantize.learn({"w": jnp.zeros((3, 2))}, {"w": quantize.Ternary(axes=(-1,))})["w"]
+    slopes = jax.grad(compressed(lambda w: jnp.sum(w * 2.0)))(of_nothing)
+    assert of_nothing.high.shape == (1, 2) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(slopes))
 
 
 def digits():
