@@ -358,6 +358,23 @@ def test_recorded_larger_teachers_teach_a_small_student_worse(recorded):
     assert teachers == sorted(teachers) and students == sorted(students, reverse=True)
 
 
+def test_recorded_teachers_that_saw_more_help_shallow_and_thin_students_in_every_seed(recorded):
+    rows = {name: ours["accuracy"].values for name, ours in recorded("distill_shapes_mnist_jittered").items()}
+    arms = {
+        "shallow": ("soft targets", "logits matched"),
+        "thin and deep": ("soft targets", "hints, then soft targets"),
+    }
+    for student, ways in arms.items():
+        for way in ways:
+            ahead = np.subtract(rows[f"{student}, {way}"], rows[f"{student}, from scratch"])
+            assert min(ahead) > 0.3, (student, way, ahead)
+    found = recorded("distill_smoothing_mnist_jittered")
+    taught, alone = (
+        found[name]["accuracy"].values for name in ("student of the teacher with hard labels", "student, hard labels")
+    )
+    assert min(np.subtract(taught, alone)) > 0.2
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
