@@ -64,7 +64,7 @@ class Config(_distilling.Config):
     """How often a word of the vocabulary occurs in the training sentences."""
     teacher: Size = DEEP
     student: Size = SHALLOW
-    masked_epochs: int = 5
+    masked_epochs: int = 4
     """Of guessing masked words."""
     labelled_epochs: int = 4
     """Of each of the teacher's trainings on labels."""
