@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxcompress.prune.channels._convolve import convolve
 from jaxcompress.prune.channels._labels import Label, outer
 from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, rule
 
@@ -79,4 +80,4 @@ def _conv_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
     params = dict(step.params)
     if step.extra is not None:
         params["feature_group_count"] = runner.count(step.extra)
-    return [step.primitive.bind(*inputs, **params)]
+    return [convolve(*inputs, **params)]
