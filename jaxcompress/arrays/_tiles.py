@@ -67,7 +67,8 @@ def tiled(
     """
     at_once = whole if whole is not None else lambda: product(x, w)
     count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
-    count = count if isinstance(count, int) else FEW  # under jax.export it may be a symbol
+    known = isinstance(count, int)  # under jax.export it may be a symbol
+    count = count if known else FEW
     larger = LARGER if count >= MANY else 1
     plan = _plan(w, dims, depth, larger * TILE, WIDE if count < FEW else math.isqrt(larger) * WIDTH)
     few = rows is None or count <= rows
@@ -77,7 +78,7 @@ def tiled(
     def loops(x: Array, w: W) -> Array:
         return _loops(product, x, w, dims, *plan)
 
-    if decode is None or not suits(decode, w, dims, count, depth):
+    if decode is None or not known or not suits(decode, w, dims, count, depth):
         return lax.platform_dependent(cpu=lambda: loops(x, w), default=at_once)
     return lax.platform_dependent(cpu=lambda: _lanes(product, loops, decode, x, w, dims), default=at_once)
 
@@ -116,18 +117,23 @@ def _loops(
 ) -> Array:
     x_axis = dims.x_contract[dims.w_contract.index(along)]
 
-    def column(_: None, j: Array) -> tuple[None, Array]:
+    def column(j: Array) -> Array:
         def at(i: Array) -> Array:
             here = w.tile(along, i * part, part).tile(across, j * width, width)
             return product(lax.dynamic_slice_in_dim(x, i * part, part, x_axis), here)
 
         first, again = jax.eval_shape(at, jnp.int32(0)), jax.checkpoint(at, prevent_cse=False)
         zeros, steps = jnp.zeros(first.shape, first.dtype), jnp.arange(w.shape[along] // part)
-        return None, lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
+        return lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
 
-    _, columns = lax.scan(column, None, jnp.arange(w.shape[across] // width))
+    one = jax.eval_shape(column, jnp.int32(0))
     axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
-    return _side_by_side(columns, axis)
+
+    def put(out: Array, j: Array) -> tuple[Array, None]:  # in its place at once: stacked columns would be moved there
+        return lax.dynamic_update_slice_in_dim(out, column(j), j * width, axis), None
+
+    out = jnp.zeros([w.shape[across] if i == axis else size for i, size in enumerate(one.shape)], one.dtype)
+    return lax.scan(put, out, jnp.arange(w.shape[across] // width))[0]
 
 
 def _side_by_side(parts: Array, axis: int) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 from jaxcompress import compressed
 from jaxcompress.arrays import Quantized, _lanes, _tiles
@@ -123,6 +123,15 @@ def test_few_rows_meet_no_decoded_weight(small_tiles, monkeypatch, case: str, sp
         compiled = jax.jit(product).lower(x, w).compile().as_text()
         assert "while" in compiled
         assert not re.search(r" dot\(|__onednn|__ynn|eigen", compiled)
+
+
+def test_a_number_of_rows_that_is_not_known_yet_is_not_few(small_tiles, monkeypatch) -> None:
+    """A program for any batch goes by tiles: by lanes, each row more would cost as much as the first."""
+    monkeypatch.setattr(_lanes, "LEAST", 64)
+    x, w = jax.ShapeDtypeStruct(export.symbolic_shape("b, 64"), jnp.float32), quantize(normal(64, 48), Affine())
+    program = export.export(jax.jit(lambda x: compressed(jnp.dot)(x, w)))(x)
+    assert "dot_general" in program.mlir_module()
+    np.testing.assert_allclose(program.call(normal(9, 64)), normal(9, 64) @ w.materialise(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
