@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from leaves import quantized, sparse
+from leaves import low_rank, quantized, sparse
 
 from jaxcompress.arrays import compressed, dense, watch
 
@@ -68,14 +68,17 @@ LEAVES = {
     "int8": lambda: quantized((8, 8)),
     "int4 asymmetric": lambda: quantized((8, 8), bits=4, asymmetric=True),
     "sparse": lambda: sparse((8, 8)),
+    "low rank": lambda: low_rank((8, 8)),
 }
+TRAINED = {"sparse": "values", "low rank": "left"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "low rank" else ()) for name in LEAVES]
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("leaf", NAMES)
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_gradient(name, leaf, rng):
     model, w, x = MODELS[name], LEAVES[leaf](), jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
-    trained = "values" if leaf == "sparse" else "scale"
+    trained = TRAINED.get(leaf, "scale")
     with watch() as hits:
         out = jax.jit(compressed(model, strict=True))(x, w)
     assert any(primitive == "dot_general" for _, primitive, _ in hits)
@@ -89,7 +92,7 @@ def test_forward_and_gradient(name, leaf, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("leaf", NAMES)
 def test_while_loop(leaf, rng):
     w, x = LEAVES[leaf](), jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
     np.testing.assert_allclose(
@@ -104,8 +107,9 @@ def test_while_loop(leaf, rng):
         quantized((3, 8, 8), axes=(-3, -1), bits=4, asymmetric=True),
         quantized((3, 8, 8), axes=(-3, -1), group=(-2, 4)),
         sparse((3, 8, 8), stacked=1),
+        low_rank((3, 8, 8), stacked=1),
     ],
-    ids=["int8", "int4", "groups", "sparse"],
+    ids=["int8", "int4", "groups", "sparse", "low rank"],
 )
 def test_stacked_layers(w, rng):
     """Leaves stacked for `scan` carry their leading axis in every child."""

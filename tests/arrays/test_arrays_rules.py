@@ -1,5 +1,7 @@
 """Each rule against the same function on the dense value, and each hit counted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from leaves import KINDS, quantized, sparse
+from leaves import KINDS, low_rank, quantized, sparse
 
-from jaxcompress.arrays import MadeDenseError, Quantized, Sparse, _sparse_rules, compressed, dense, watch
+from jaxcompress.arrays import LowRank, MadeDenseError, Quantized, Sparse, _sparse_rules, compressed, dense, watch
 
 
 def check(fn, *args, tolerance=1e-5, strict=True):
@@ -96,9 +98,12 @@ def test_any_dot_general(data):
     size |= {("x", i): sizes[4 + i] for i in range(n_x)} | {("w", i): sizes[6 + i] for i in range(n_w)}
     x = values([size[label] for label in x_labels])
     axes = tuple(data.draw(st.sets(st.sampled_from(range(-len(w_labels), 0)))))
-    kind = data.draw(st.sampled_from(["int8", "int4", "sparse"]))
+    kind = data.draw(st.sampled_from(["int8", "int4", "sparse", "low rank"]))
     shape = [size[label] for label in w_labels]
-    w = sparse(shape) if kind == "sparse" else quantized(shape, axes=axes, bits=8 if kind == "int8" else 4)
+    if kind == "low rank" and 0 < len(axes) < len(shape):
+        w = low_rank(shape, rows=tuple(sorted(axis + len(shape) for axis in axes)))
+    else:
+        w = sparse(shape) if kind == "sparse" else quantized(shape, axes=axes, bits=4 if kind == "int4" else 8)
 
     def numbers(first, second):
         def where(kind, n, labels):
@@ -110,7 +115,7 @@ def test_any_dot_general(data):
     check(lambda x, w: lax.dot_general(w, x, numbers(w_labels, x_labels)), x, w, strict=False)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "asymmetric", "per tensor", "sparse"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["plain", "strided", "grouped", "depthwise", "transposed", "flipped", "NCHW"])
 def test_convolutions(kind, case, tile):
     x, shape, kwargs = values((2, 8, 8, 4)), (3, 3, 4, 6), {"window_strides": (1, 1), "padding": "SAME"}
@@ -132,7 +137,7 @@ def test_convolutions(kind, case, tile):
         return lax.conv_general_dilated(x, w, dimension_numbers=layout, **kwargs)
 
     known_dense = (isinstance(w, Sparse) and case in ("grouped", "depthwise", "flipped")) or (
-        isinstance(w, Quantized) and case == "flipped" and kind == "sparse"
+        isinstance(w, LowRank) and case in ("grouped", "depthwise")
     )
     hits = check(fn, x, w, strict=not known_dense)
     if not known_dense:
@@ -183,27 +188,18 @@ def test_bfloat16_compute(kind):
     assert not any(how == "dense" for *_, how in hits)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "sparse"])
-def test_gradients(kind):
+@pytest.mark.parametrize(
+    ("kind", "trained"), [("int8", "scale"), ("int4", "scale"), ("sparse", "values"), ("low rank", "left")]
+)
+def test_gradients(kind, trained):
     x, w = values((6, 12)), KINDS[kind]((12, 10))
-    trained = "values" if kind == "sparse" else "scale"
-
-    def loss(x, part):
-        weight = {**w.fields()[0], trained: part}
-        w_now = (
-            type(w)(**weight, **w.fields()[1])
-            if kind == "sparse"
-            else type(w)(**{"zero_point": None, **weight}, **w.fields()[1])
-        )
-        return x, w_now
 
     def fast(x, part):
-        x, w_now = loss(x, part)
-        return jnp.sum(jnp.tanh(compressed(lambda x, w: x @ w, strict=True)(x, w_now)) ** 2)
+        now = dataclasses.replace(w, **{trained: part})
+        return jnp.sum(jnp.tanh(compressed(lambda x, w: x @ w, strict=True)(x, now)) ** 2)
 
     def slow(x, part):
-        x, w_now = loss(x, part)
-        return jnp.sum(jnp.tanh(x @ w_now.materialise()) ** 2)
+        return jnp.sum(jnp.tanh(x @ dataclasses.replace(w, **{trained: part}).materialise()) ** 2)
 
     got = jax.jit(jax.grad(fast, argnums=(0, 1)))(x, getattr(w, trained))
     expected = jax.grad(slow, argnums=(0, 1))(x, getattr(w, trained))
