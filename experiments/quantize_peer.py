@@ -7,8 +7,6 @@ is called in turns, so that a busy spell of the machine meets all alike. qwix co
 
 import importlib.metadata
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,7 @@ from experiments import _quantizing, _results
 from experiments._pruning import command
 from experiments._quantizing import Images, keyed, lab_for
 from experiments._results import Column, Row
-from jaxcompress import compressed, nbytes, quantize
+from jaxcompress import compressed, nbytes, quantize, report
 from jaxcompress.paths import named_leaves
 from jaxcompress.quantize import Affine
 
@@ -122,9 +120,9 @@ def _timed(
     for size in BATCHES:
         x = lab.images[:size]
         calls = {name: _call(apply, params, x) for name, (apply, params, _) in arms.items()}
-        times[f"batch {size}"] = interleaved(calls, config.rounds)
+        times[f"batch {size}"] = report.in_turns(calls, config.rounds)
     steps = {name: _stepper(training, trained, lab) for name, (_, _, training) in arms.items()}
-    return {"step": interleaved(steps, config.rounds), **times}
+    return {"step": report.in_turns(steps, config.rounds), **times}
 
 
 def _call(apply: Apply, params: Any, x: jax.Array) -> Callable[[], Any]:
@@ -150,27 +148,6 @@ def _stepper(apply: Apply, params: Any, lab: Images) -> Callable[[], Any]:
         return held[0]
 
     return call
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 0.02) -> dict[str, float]:
-    """The median seconds of each call over rounds in which all take turns; each turn lasts about `seconds`."""
-    counts: dict[str, int] = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())  # compiled here
-        counts[name] = max(1, round(seconds / _seconds(call, 1)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            found[name].append(_seconds(calls[name], counts[name]))
-    return {name: statistics.median(samples) for name, samples in found.items()}
-
-
-def _seconds(call: Callable[[], Any], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        jax.block_until_ready(call())
-    return (time.perf_counter() - start) / count
 
 
 if __name__ == "__main__":

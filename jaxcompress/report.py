@@ -50,12 +50,6 @@ def cost(fn: Callable[..., Any], params: Any, *args: Any, rounds: int = 30) -> C
     compiled = jax.jit(compressed(fn)).lower(params, *args).compile()
     analysis: Any = compiled.cost_analysis() or {}
     memory: Any = compiled.memory_analysis()
-    jax.block_until_ready(compiled(params, *args))
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(params, *args))
-        seconds.append(time.perf_counter() - start)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Cost(
         parameters(params),
@@ -63,8 +57,38 @@ def cost(fn: Callable[..., Any], params: Any, *args: Any, rounds: int = 30) -> C
         nbytes(params),
         float(analysis.get("flops", math.nan)),
         held,
-        statistics.median(seconds),
+        in_turns({"": lambda: compiled(params, *args)}, rounds, 0.0)[""],
     )
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.02) -> dict[str, float]:
+    """The median seconds that each call takes, over rounds in which all take turns.
+
+    So a busy spell of the machine meets all alike: compare these figures, rather than those of `cost` from different
+    moments.
+
+    Args:
+      calls: each compiled and warmed up by a first call, which is not counted.
+      rounds: how many turns each has; the one that begins changes from round to round.
+      seconds: how long a turn lasts about, in calls one after another; at least one call.
+    """
+    counts, found = dict[str, int](), dict[str, list[float]]()
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        counts[name], found[name] = max(1, round(seconds / _seconds(call, 1))), []
+    names = list(calls)
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(_seconds(calls[name], counts[name]))
+    return {name: statistics.median(samples) for name, samples in found.items()}
+
+
+def _seconds(call: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        jax.block_until_ready(call())
+    return (time.perf_counter() - start) / count
 
 
 def parameters(tree: Any) -> int:

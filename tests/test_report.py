@@ -76,3 +76,10 @@ def test_import_is_light():
     code = f"import sys, jaxcompress.{rooms}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_calls_are_timed_in_turns():
+    made = []
+    found = report.in_turns({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, rounds=3, seconds=0.0)
+    assert set(found) == {"a", "b"} and min(found.values()) > 0
+    assert "".join(made) == "aabb" + "ab" + "ba" + "ab"  # warmed up, counted, then in turns
