@@ -137,14 +137,17 @@ def _step(scale: Array) -> Array:
 
 
 def _codes(weight: Array, scale: Array, zero_point: Array | None, spec: Affine, key: Array | None = None) -> Array:
-    weight = weight.astype(jnp.float32)
+    weight, step = weight.astype(jnp.float32), scale
     if spec.bits <= 3:  # XLA divides by multiplying with the reciprocal, and that of a huge step is no normal number
         down = jnp.where(scale > 1e30, 2.0**-64, 1.0)
         weight, scale = weight * _spread(down, weight.shape, spec), scale * down
     exact = weight / _spread(scale, weight.shape, spec)
     codes = jnp.round(exact) if key is None else jnp.floor(exact + jax.random.uniform(key, exact.shape))
     if zero_point is not None:
-        codes += _spread(zero_point, weight.shape, spec)
+        # a huge range's last integers may stand for more than the largest float
+        most = jnp.floor(float(jnp.finfo(jnp.float32).max) * 2.0**-64 / (step * 2.0**-64))
+        most = _spread(jnp.where(step > 1e30, most, jnp.inf), weight.shape, spec)
+        codes = jnp.clip(codes, -most, most) + _spread(zero_point, weight.shape, spec)
     return jnp.clip(codes, *spec.limits)
 
 

@@ -155,6 +155,16 @@ def test_constant_channels_are_finite(value):
             np.testing.assert_allclose(out, value, rtol=0.01, err_msg=name)
 
 
+def test_huge_weights_of_both_signs_stay_finite(rng):
+    """The range is beyond float32's largest number; half a step from the weight there is always an integer within."""
+    w = jnp.asarray(np.concatenate([[3e38, -3e38, 3.4e38, -3.4e38], rng.uniform(-3e38, 3e38, 12)]), jnp.float32)
+    specs = [Affine(bits, axes=(), symmetric=symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+    leaves = jax.jit(lambda w: [quantize.quantize(w, spec) for spec in specs])(w)
+    for spec, leaf in zip(specs, leaves, strict=True):
+        off = np.abs(np.float64(leaf.materialise()) - np.float64(w)) / np.float64(leaf.scale)
+        assert np.all(off <= 0.5 + 1e-5), spec
+
+
 def test_stochastic_rounding_has_the_weight_as_its_mean(rng):
     """Also at the ends of a grid with a zero point."""
     w = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
