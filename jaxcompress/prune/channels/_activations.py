@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.prune.channels._groups import Groups
+from jaxcompress.prune.channels._rules_product import product_axes
 from jaxcompress.prune.channels._run import Runner
 from jaxcompress.prune.channels._scores import Scores
 from jaxcompress.prune.channels._tape import Step, Tape
@@ -135,8 +136,8 @@ def _prepared(
 def _tap(step: Step, names: Sequence[str]) -> tuple[tuple[str, int], int, int] | None:
     """((path, axis) of the weight, which operand is the activation, its axis), if a step is a product with a weight."""
     name = step.primitive.name if step.primitive is not None else ""
-    if name == "dot_general":
-        (x_contract, y_contract), _ = step.params["dimension_numbers"]
+    if name in ("dot_general", "ragged_dot_general"):
+        (x_contract, y_contract), _ = product_axes(step)
         for operand, other, axes in ((0, 1, (x_contract, y_contract)), (1, 0, (y_contract, x_contract))):
             weight = step.inputs[other]
             if weight.source is None or step.inputs[operand].source is not None:

@@ -1,6 +1,6 @@
 """From scores to a plan: which units go."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -54,8 +54,8 @@ def plan(
         stay whole.
 
     Raises:
-      ValueError: no or several targets; numbers out of range; scores that are not finite, or not one a unit; a target
-        that cannot be reached.
+      ValueError: no or several targets; numbers out of range; scores that are not finite, or not one a unit, or of
+        inexact groups only; a target that cannot be reached.
       UnmatchedRuleError: a rule of `ratio` matches no group.
     """
     if sum(x is not None for x in (ratio, parameters, flops, until)) != 1:
@@ -84,7 +84,8 @@ def plan(
         return from_units(groups, dropped)
 
     if ratio is not None:
-        if isinstance(ratio, int | float):
+        if not isinstance(ratio, Sequence | Mapping):  # a number, of whatever type
+            ratio = float(ratio)
             _in_range("ratio", ratio)
         elif scope != "local":
             raise ValueError(f"rules of ratios need scope='local', got {scope!r}")
@@ -117,6 +118,9 @@ def _checked(groups: Groups, scores: Mapping[str, Any], inexact: bool) -> dict[s
             raise ValueError(f"scores of {name!r} are not finite")
         if by_name[name].exact or inexact:
             checked[name] = s
+    if not checked:
+        inexact_only = f"{', '.join(scores)} are inexact, which stay whole without inexact=True"
+        raise ValueError(f"nothing to choose from: {inexact_only if scores else 'there are no scores'}")
     return checked
 
 
@@ -126,7 +130,7 @@ def _counts(
     """How many units each group loses, before rounding."""
     if scope == "local":
         ratios = [share] * len(scores)
-        if not isinstance(share, int | float):
+        if not isinstance(share, float):
             ratios = paths.match(share, list(scores), default=0.0)
             for each in ratios:
                 _in_range("ratio", each)

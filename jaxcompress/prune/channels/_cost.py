@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxcompress.prune.channels._groups import Groups
 from jaxcompress.prune.channels._plan import Plan
+from jaxcompress.prune.channels._rules_product import product_axes
 from jaxcompress.prune.channels._run import Runner
 from jaxcompress.prune.channels._shrink import dropped_atoms
 from jaxcompress.prune.channels._tape import Step, Tape
@@ -33,10 +34,12 @@ def _of_tape(runner: Runner, tape: Tape) -> int:
 
 def _of_step(runner: Runner, step: Step) -> int:
     name = step.primitive.name if step.primitive is not None else ""
-    if name == "dot_general":
-        (contract, _), _ = step.params["dimension_numbers"]
-        x = runner.shape(step.inputs[0])
-        return 2 * math.prod(runner.shape(step.outputs[0])) * math.prod(x[i] for i in contract)
+    if name in ("dot_general", "ragged_dot_general"):
+        (contract, _), (batch, _) = product_axes(step)
+        x, out = runner.shape(step.inputs[0]), runner.shape(step.outputs[0])
+        if len(out) > len(x) + step.inputs[1].ndim - 2 * len(contract) - len(batch):  # each group's rows, once
+            out = out[1:]
+        return 2 * math.prod(out) * math.prod(x[i] for i in contract)
     if name == "conv_general_dilated":
         kernel, spec = runner.shape(step.inputs[1]), step.params["dimension_numbers"].rhs_spec
         return 2 * math.prod(runner.shape(step.outputs[0])) * math.prod(kernel[i] for i in spec[1:])

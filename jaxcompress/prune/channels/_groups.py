@@ -170,6 +170,8 @@ def found(traced: Traced, free_out: tuple[str, ...] = ()) -> Groups:
         members, size = _members(traced, parts)
         if size > 1:
             made.append((members, size, (inexact[key],) if key in inexact else ()))
+        for m in members if size == 1 else ():
+            frozen.setdefault(f"{m.path}[{m.axis}]", "what there is of it goes together, as one unit")
     names = _names([members for members, _, _ in made])
     return Groups(
         tuple(

@@ -69,29 +69,42 @@ class Plan:
             small, lambda name, x: jax.ShapeDtypeStruct(self.shapes[name], x.dtype) if name in self.shapes else x
         )
 
-    def apply_like(self, tree: Any) -> Any:
+    def apply_like(self, tree: Any, fresh: Any = None) -> Any:
         """Cut the leaves of a tree that belong to parameters by path and shape: an optimizer's state, an average.
 
         A leaf belongs to a parameter if its path ends with the parameter's. Leaves of one element (counts,
         placeholders) and leaves without a parameter stay as they are.
 
+        Args:
+          tree: of the whole parameters.
+          fresh: the same for the smaller ones, such as `optimizer.init(small_params)`: gives the leaves that can't be
+            cut, like Adafactor's moments of rows and columns.
+
         Raises:
-          ValueError: a leaf has a parameter's path but another shape (factored moments): it can't be cut.
+          ValueError: a leaf has a parameter's path but another shape, and there is no `fresh`; or `fresh` has other
+            leaves.
         """
         names = sorted(self.keep, key=len, reverse=True)
+        made_small = dict(paths.named_leaves(fresh)) if fresh is not None else {}
+        if fresh is not None and list(made_small) != [name for name, _ in paths.named_leaves(tree)]:
+            raise ValueError("fresh has other leaves than the tree: make both in the same way")
 
         def of_leaf(name: str, x: Any) -> Any:
             owner = next(
                 (n for n in names if name == n or name.endswith("/" + n) or name.endswith("/params/" + n)), None
             )
             if owner is None or np.size(x) <= 1:
-                return x
-            if tuple(np.shape(x)) != self.shapes[owner]:
+                small = x
+            elif tuple(np.shape(x)) == self.shapes[owner]:
+                small = _cut(x, self.keep[owner])
+            elif fresh is not None:
+                return made_small[name]
+            else:
                 raise ValueError(
                     f"{name!r} has shape {np.shape(x)}, its parameter {owner!r} had {self.shapes[owner]}: it can't be "
-                    "cut alike; initialise this state again from the smaller parameters"
+                    "cut alike; pass fresh=optimizer.init(plan.apply(params)), from which such leaves are taken"
                 )
-            return _cut(x, self.keep[owner])
+            return small if fresh is None or np.shape(small) == np.shape(made_small[name]) else made_small[name]
 
         return self._mapped(tree, of_leaf)
 
@@ -199,11 +212,14 @@ def _cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
         shape = tuple(len(axes[a]) if a in axes else n for a, n in enumerate(x.shape))
         return jax.ShapeDtypeStruct(shape, x.dtype)
     small = x
+    spread = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) > 1
+    if spread and isinstance(x.sharding, jax.sharding.NamedSharding):  # along Explicit axes JAX refuses to look up
+        mesh = x.sharding.mesh
+        automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+        small = jax.device_put(x, jax.sharding.NamedSharding(automatic, x.sharding.spec))
     for axis, kept in axes.items():
         small = np.take(small, kept, axis) if isinstance(x, np.ndarray) else pick(small, kept, axis)
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and len(x.sharding.device_set) > 1:
-        small = _placed(small, x.sharding)
-    return small
+    return _placed(small, x.sharding) if spread else small
 
 
 def _placed(x: jax.Array, sharding: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxcompress.prune.channels._tape import Call, Step, Tape, Tracer, Value, rule
+from jaxcompress.prune.channels._tape import Call, Step, Tape, Tracer, Value, live, rule
 
 _LOOP = "carried into a loop beside a whole axis"
 
@@ -296,7 +296,7 @@ def _primal(tracer: Tracer, call: Call) -> Tape:
 
 def _traced(tracer: Tracer, fn: Callable[..., list[Any]], inputs: Sequence[Value]) -> Tape:
     """A derivative's function, staged at the original shapes and labelled."""
-    jaxpr = tracer.stage(fn, inputs)
+    jaxpr = live(tracer.stage(fn, inputs))
     outer, tracer.in_derivative = tracer.in_derivative, True
     tape = tracer.body(jaxpr, [_handed(tracer, x) for x in inputs])
     tracer.in_derivative = outer

@@ -11,7 +11,7 @@ from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, concrete
 
 _PASSES = (
     "convert_element_type copy copy_p device_put layout_constraint mesh_cast name pvary reduce_precision reduced_pvary "
-    "sharding_constraint stop_gradient"
+    "reshard sharding_constraint stop_gradient"
 )
 _ZERO_TO_ZERO = (
     "abs asin asinh atan atanh cbrt ceil conj erf erf_inv expm1 floor imag log1p neg population_count real round sign "

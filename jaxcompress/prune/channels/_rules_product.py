@@ -4,31 +4,48 @@ from typing import Any
 
 from jaxcompress.prune.channels._convolve import convolve
 from jaxcompress.prune.channels._labels import Label, outer
-from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, rule
+from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, barrier, rule
 
 
-@rule("dot_general")
+@rule("dot_general", "ragged_dot_general")
 def _dot_general(tracer: Tracer, call: Call) -> list[Value]:
-    x, y = call.inputs
-    (x_contract, y_contract), (x_batch, y_batch) = call.params["dimension_numbers"]
+    x, y, *sizes = call.inputs
+    (x_contract, y_contract), (x_batch, y_batch) = product_axes(call)
+    labels: list[Label] = []
+    zero = []
+    grouped: tuple[int, ...] = ()
+    for v in sizes:  # of groups of rows, each with a matrix of its own: which rows they are is computed
+        if v.ndim > 1:
+            return barrier(tracer, call)
+        numbers = call.params["ragged_dot_dimension_numbers"]
+        (rows,), grouped = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+        for each, axes in ((x, [rows]), (y, grouped), (v, [0])):
+            tracer.freeze(each, axes, "rows in groups of computed sizes")
+        if rows in x_contract:  # a product for each group
+            labels, zero = [None], [False]
     for i, j in zip(x_contract, y_contract, strict=True):
         tracer.atoms.unify(x.labels[i], y.labels[j], "contracted with a whole axis")
         tracer.contract(x.labels[i], x.zero[i] or y.zero[j], "is summed over in a product where it is not zero")
         tracer.mark(x, i, "in")
         tracer.mark(y, j, "in")
-    labels: list[Label] = []
-    zero = []
     for i, j in zip(x_batch, y_batch, strict=True):
         tracer.atoms.unify(x.labels[i], y.labels[j], "a batch axis of a product with a whole one")
         labels.append(x.labels[i])
         zero.append(x.zero[i] or y.zero[j])
-    for v, used in ((x, {*x_contract, *x_batch}), (y, {*y_contract, *y_batch})):
+    for v, used in ((x, {*x_contract, *x_batch}), (y, {*y_contract, *y_batch, *grouped})):
         for i in range(v.ndim):
             if i not in used:
                 labels.append(v.labels[i])
                 zero.append(v.zero[i])
                 tracer.mark(v, i, "out")
     return [tracer.value(call.avals[0], labels, zero)]
+
+
+def product_axes(step: Call | Step) -> Any:
+    """((axes contracted of the left, of the right), (batch axes, likewise)) of a product, in groups of rows or not."""
+    if step.primitive.name == "dot_general":
+        return step.params["dimension_numbers"]
+    return step.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
 
 
 @rule("conv_general_dilated", run=lambda runner, step, inputs: _conv_run(runner, step, inputs))

@@ -39,9 +39,11 @@ def _broadcast(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
     return [lax.broadcast_in_dim(inputs[0], shape, step.params["broadcast_dimensions"])]
 
 
-@rule("reshape", run=lambda runner, step, inputs: [lax.reshape(inputs[0], runner.shape(step.outputs[0]))])
+@rule("reshape", run=lambda runner, step, inputs: _reshape_run(runner, step, inputs))
 def _reshape(tracer: Tracer, call: Call) -> list[Value]:
     x, shape = call.inputs[0], tuple(call.avals[0].shape)
+    if call.params["dimensions"] is not None:  # in another order than it lies: vmapped convolutions, order="F"
+        x = _in_order(x, call.params["dimensions"])
     labels: list[Label] = [None] * len(shape)
     zero = [False] * len(shape)
     axes: list[tuple[int, ...]] = [()] * len(shape)
@@ -64,6 +66,10 @@ def _reshape(tracer: Tracer, call: Call) -> list[Value]:
                 axes[i] = tuple(sorted({leaf for j in old for leaf in x.source[1][j]}))
     source = (x.source[0], tuple(axes)) if x.source is not None else None
     return [tracer.value(call.avals[0], labels, zero, source=source, summed=x.summed)]
+
+
+def _reshape_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
+    return [lax.reshape(inputs[0], runner.shape(step.outputs[0]), step.params["dimensions"])]
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -96,11 +102,15 @@ def _squeeze(tracer: Tracer, call: Call) -> list[Value]:
 
 
 def _permuted(tracer: Tracer, call: Call, order: Sequence[int]) -> Value:
-    (x,) = call.inputs
+    x = _in_order(call.inputs[0], order)
+    return tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed)
+
+
+def _in_order(x: Value, order: Sequence[int]) -> Value:
+    """The value with its axes in another order, or fewer of them."""
     source = (x.source[0], tuple(x.source[1][i] for i in order)) if x.source is not None else None
-    return tracer.value(
-        call.avals[0], [x.labels[i] for i in order], [x.zero[i] for i in order], source=source, summed=x.summed
-    )
+    shape, labels, zero = (tuple(of[i] for i in order) for of in (x.shape, x.labels, x.zero))
+    return Value(shape, x.dtype, labels, zero, source=source, summed=x.summed)
 
 
 @rule("rev")

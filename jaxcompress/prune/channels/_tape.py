@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxcompress.prune.channels._labels import Atoms, Label
 
@@ -251,6 +252,12 @@ class Tracer:
         outs = found.label(self, call)
         tape.steps.append(Step(eqn.primitive, eqn.params, call.inputs, outs, call.run, call.extra, eqn))
         return outs
+
+
+def live(jaxpr: Any) -> Any:
+    """The jaxpr without what no output and no effect depends on: a sum that nobody reads decides nothing."""
+    left, _ = dce_jaxpr(jaxpr.jaxpr, True, True)
+    return left if hasattr(left, "consts") else jaxpr.replace(jaxpr=left)  # one class in JAX 0.12, two before
 
 
 def _staged(fn: Callable[..., Any], inputs: Sequence[Value]) -> Any:

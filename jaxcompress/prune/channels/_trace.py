@@ -21,7 +21,7 @@ from jaxcompress.prune.channels import (  # noqa: F401
     _rules_shape,
     _rules_shard_map,
 )
-from jaxcompress.prune.channels._tape import Tape, Tracer, Value
+from jaxcompress.prune.channels._tape import Tape, Tracer, Value, live
 
 OUTPUT = "an output of the function (free_out names outputs that may shrink)"
 
@@ -79,7 +79,15 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
         return out_arrays
 
     structs = jax.tree.map(_struct, (param_arrays, arg_arrays))
-    jaxpr, out_shapes = jax.make_jaxpr(staged, return_shape=True)(*structs)
+    try:
+        jaxpr, out_shapes = jax.make_jaxpr(staged, return_shape=True)(*structs)
+    except Exception as error:
+        if any(map(_explicit, jax.tree.leaves((param_arrays, arg_arrays)))):
+            error.add_note(
+                "Channels are staged without shardings, and these arrays lie along Explicit axes of a mesh. Place them "
+                "on a mesh of jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
+            )
+        raise
     tracer = Tracer()
     inputs = []
     for i, aval in enumerate(jaxpr.in_avals):
@@ -91,7 +99,7 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
         inputs.append(value)
     params_before = [Value(v.shape, v.dtype, v.labels, v.zero) for v in inputs[: len(names)]]
     tape = Tape(inputs)
-    outs = tracer.walk(jaxpr, inputs, tape)
+    outs = tracer.walk(live(jaxpr), inputs, tape)
     out_names = [name for name, _ in paths.named_leaves(out_shapes)]
     free = paths.match([(pattern, True) for pattern in free_out], out_names, default=False)
     for value, is_free in zip(outs, free, strict=True):
@@ -107,6 +115,11 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
         lambda leaves: eqx.combine(jax.tree.unflatten(structure, leaves), static[0]),
         out_names,
     )
+
+
+def _explicit(x: Any) -> bool:
+    sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
+    return jax.sharding.AxisType.Explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ())
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -16,6 +16,10 @@ def test_the_guide_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert sorted(group.size for group in scope["groups"]) == [4, 8, 8, 64]
     assert "verified: True True True" in out
+    assert "before: 0 {'smooth': 1} the primitive 'smooth' has no rule" in out
+    assert "after: in[1] 64 ['gain', 'in', 'last']" in out
+    assert "equal: True" in out
+    assert re.search(r"spread: \d+ -> \d+ parameters", out)
     assert "state: (16, 32)" in out
     assert re.search(r"kept: \(8, 4\)", out)
     assert re.findall(r"round: ([0-9.]+), learned: True", out) == ["0.75", "0.65", "0.55"]

@@ -124,3 +124,16 @@ def test_a_rule_of_ones_own_that_cannot_be_is_told():
                 channels.groups(fn, params, X)
     finally:
         RULES.pop(primitive.name, None)
+
+
+def test_nothing_to_choose_from_is_told():
+    fn, params = mlp()
+    turned = channels.groups(lambda p, x: (lambda h: h + jnp.roll(h, 3, 1))(jnp.tanh(x @ p["a"])) @ p["b"], params, X)
+    assert not len(turned) and "as one unit" in turned.frozen["a[1]"]
+    with pytest.raises(ValueError, match="there are no scores"):
+        channels.plan(channels.groups(fn, params, X), {}, 0.5)
+    spread = channels.groups(lambda p, x: (x @ p["a"]).var(1, keepdims=True) * (x @ p["a"]) @ p["b"], params, X)
+    with pytest.raises(ValueError, match=r"a\[1\] are inexact, which stay whole without inexact=True"):
+        channels.plan(spread, channels.norm(spread, params), 0.5)
+    half = channels.plan(spread, channels.norm(spread, params), np.float32(0.5), inexact=True)
+    assert half.widths == {"a[1]": (8, 4)}

@@ -149,3 +149,48 @@ def test_a_rule_of_ones_own():
             channels.register(primitive.name, lambda shapes, params: channels.Along([], []))
     finally:
         RULES.pop(primitive.name, None)
+
+
+def test_what_nobody_reads_decides_nothing():
+    @jax.custom_vjp
+    def bent(x):
+        return jnp.tanh(x), jnp.exp(x).sum()
+
+    bent.defvjp(lambda x: (bent(x), x), lambda x, g: (g[0] / jnp.cosh(x) ** 2 + g[1] * jnp.exp(x),))
+    helper = jax.jit(lambda h: (h + 1, jnp.sort(h)))
+
+    def turn(carry, _):
+        h, total = carry
+        return (jnp.tanh(h), total + jnp.exp(h).sum()), jnp.cumsum(h, axis=1)
+
+    def fn(p, x):
+        h, _ = helper(bent(x @ p["a"])[0])
+        (h, _), _ = jax.lax.scan(turn, (h, 0.0), length=2)
+        jnp.exp(h).sum()
+        return jax.nn.relu(h - 9) @ p["b"]
+
+    m = Maker()
+    (group,) = channels.groups(fn, {"a": m(5, 8), "b": m(8, 3)}, batches()[0][0])
+    assert (group.size, group.exact) == (8, True)
+
+
+def test_rows_in_groups_each_with_a_matrix_of_its_own():
+    m = Maker()
+    params = {"a": m(5, 8), "w": m(3, 8, 6), "v": m(3, 6, 8), "b": m(8, 3)}
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        wide = jax.nn.relu(jax.lax.ragged_dot(h, p["w"], jnp.argsort(x[:3, 0]) + x.shape[0] // 3 - 1))
+        still = jax.lax.stop_gradient(h)  # JAX has no second derivative
+        own = jax.grad(lambda w: jax.lax.ragged_dot(still, w, jnp.array([3, 1, 2])).sum())(p["w"])  # rows contracted
+        return (h + jax.lax.ragged_dot(wide, p["v"], jnp.array([1, 3, 2]))) @ p["b"] + own.sum((0, 2)) @ p["b"]
+
+    x = jnp.concatenate([x for (x,) in batches(2)])[:6]
+    groups = channels.groups(fn, params, x)
+    assert {g.name: (g.size, g.exact) for g in groups} == {"a[1]": (8, True), "w[2]": (6, True)}
+    assert "computed sizes" in groups.frozen["w[0]"] and not groups.unknown
+    assert channels.flops(groups) == 2 * 6 * (5 * 8 + 2 * 8 * 6 + 6 * 8 + 8 * 3) + 2 * 8 * 3
+    plan = channels.from_units(groups, {"a[1]": [1, 2, 6], "w[2]": [0, 5]})
+    found = channels.verify(fn, params, plan, x)
+    assert found.ok, found
+    assert channels.activation(groups, fn, params, [(x,)])["w[2]"].shape == (6,)

@@ -284,3 +284,22 @@ def test_a_place_computed_from_the_device_stays_whole():
     groups = channels.groups(over(body, P()), params, X)
     assert "computed" in groups.frozen["a[1]"]
     assert len(groups) == 0
+
+
+def test_explicit_axes_are_told():
+    explicit = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    params = {"a": jax.device_put(Maker()(5, 8), jax.NamedSharding(explicit, COLUMNS)), "b": Maker()(8, 3)}
+
+    def fn(p, x):
+        h = jax.shard_map(lambda a, x: jnp.tanh(x @ a), mesh=explicit, in_specs=(COLUMNS, P()), out_specs=COLUMNS)
+        return jax.sharding.reshard(h(p["a"], x), P()) @ p["b"]
+
+    with pytest.raises(ValueError, match=r"(?s)in_specs.*Explicit axes of a mesh.*AxisType.Auto"):
+        channels.groups(fn, params, X[0])
+
+    def moved(p, x):
+        return jax.sharding.reshard(jnp.tanh(x @ p["a"]), P()) @ p["b"]
+
+    with jax.set_mesh(explicit):
+        (group,) = channels.groups(moved, params, X[0])
+    assert (group.name, group.size) == ("a[1]", 8)
