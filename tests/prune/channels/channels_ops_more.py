@@ -283,8 +283,9 @@ def sharded_channels(m, c, values):
 
     def body(w, g, x):
         h = lax.all_gather(x, "s", axis=2, tiled=True)
-        h = h @ w + 0.1 * h.sum(-1, keepdims=True) if summed else h @ w
-        return lax.psum_scatter(h, "s", scatter_dimension=2, tiled=True) * g
+        if summed:  # then what was dropped is not zero, and no gain hides it
+            return lax.psum_scatter(h @ w + 0.1 * h.sum(-1, keepdims=True), "s", scatter_dimension=2, tiled=True)
+        return lax.psum_scatter(h @ w, "s", scatter_dimension=2, tiled=True) * g
 
     specs = (P(), P("s"), P(None, None, "s"))
     return 8, lambda p, x, vs: _sharded(body, specs, P(None, None, "s"))(p[w], p[g], x)
