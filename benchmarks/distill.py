@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import _mlp as mlp
@@ -36,10 +37,44 @@ def _on_vectors(loss: Callable[..., jax.Array], **options: Any) -> Loss:
     return lambda s, t, labels: jnp.mean(loss(*(x[1].mean(axis=(1, 2)) for x in (s, t)), **options))
 
 
+def _with_labels(loss: Callable[..., jax.Array], **options: Any) -> Loss:
+    return lambda s, t, labels: jnp.mean(loss(s[0], t[0], labels, **options))
+
+
+def _without_teacher(loss: Callable[..., jax.Array]) -> Loss:
+    return lambda s, t, labels: jnp.mean(loss(s[0], labels))
+
+
+def _on_tokens(loss: Callable[..., jax.Array]) -> Loss:
+    """The map's pixels as a transformer's 16 tokens of 64 features, and as the 16 x 16 scores of four heads."""
+    shape = (-1, 16, 64) if loss is distill.hidden_state_loss else (-1, 4, 16, 16)
+    return lambda s, t, labels: jnp.mean(loss(*(x[1].reshape(shape) for x in (s, t))))
+
+
+def _on_boxes(loss: Callable[..., jax.Array]) -> Loss:
+    return lambda s, t, labels: jnp.mean(loss(*(x[1].reshape(-1, 256, 4) for x in (s, t, t))))
+
+
+def _contrastive(student: Outputs, teacher: Outputs, labels: jax.Array) -> jax.Array:
+    """CRD against 1024 of 8192 remembered examples, in the maps' own 64 dimensions."""
+    memory = distill.contrast_memory(jax.random.key(0), 8192, MAP[-1])
+    s, t = (x[1].mean(axis=(1, 2)) for x in (student, teacher))
+    indices = jnp.arange(len(s))
+    others = jnp.concatenate([indices[:, None], jax.random.randint(jax.random.key(1), (len(s), 1024), 0, 8192)], axis=1)
+    return jnp.mean(distill.contrastive_loss(s, t, memory, indices, others)[0])
+
+
+CHANNELS = np.zeros(MAP[-1], np.float32)
 LOSSES: dict[str, Loss] = {
     "soft_target": _on_logits(distill.soft_target_loss, temperature=4.0),
     "logit_matching": _on_logits(distill.logit_matching_loss),
-    "decoupled": lambda s, t, labels: jnp.mean(distill.decoupled_loss(s[0], t[0], labels)),
+    "distillation": _with_labels(distill.distillation_loss, temperature=4.0),
+    "label_smoothing": _without_teacher(distill.label_smoothing_loss),
+    "teacher_free": _without_teacher(distill.teacher_free_loss),
+    "several_teachers": lambda s, t, labels: jnp.mean(distill.several_teachers_loss(s[0], jnp.stack([t[0], -t[0]]))),
+    "mutual_learning": lambda s, t, labels: jnp.mean(distill.mutual_learning_loss([s[0], t[0]], labels, learner=0)),
+    "detection_class": _with_labels(distill.detection_class_loss),
+    "decoupled": _with_labels(distill.decoupled_loss),
     "standardized": _on_logits(distill.standardized_soft_target_loss),
     "reverse_kl": _on_logits(distill.reverse_kl_loss),
     "jensen_shannon": _on_logits(distill.jensen_shannon_loss),
@@ -58,7 +93,15 @@ LOSSES: dict[str, Loss] = {
     "similarity_preserving": _on_vectors(distill.similarity_preserving_loss),
     "correlation_congruence": _on_vectors(distill.correlation_congruence_loss),
     "probabilistic_transfer": _on_vectors(distill.probabilistic_transfer_loss),
+    "consecutive_correlation": _on_vectors(distill.consecutive_correlation_loss),
     "in_batch_contrastive": _on_vectors(distill.in_batch_contrastive_loss),
+    "contrastive": _contrastive,
+    "flow": lambda s, t, labels: jnp.mean(distill.flow_loss((s[1], s[1][..., ::-1]), (t[1], t[1][..., ::-1]))),
+    "variational_information": _on_maps(distill.variational_information_loss, log_scale=CHANNELS),
+    "margin_relu": _on_maps(distill.margin_relu_loss, margin=CHANNELS - 0.5),
+    "hidden_state": _on_tokens(distill.hidden_state_loss),
+    "attention_matrix": _on_tokens(distill.attention_matrix_loss),
+    "detection_box": _on_boxes(distill.detection_box_loss),
 }
 
 
