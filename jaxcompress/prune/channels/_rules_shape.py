@@ -109,8 +109,8 @@ def _permuted(tracer: Tracer, call: Call, order: Sequence[int]) -> Value:
 def _in_order(x: Value, order: Sequence[int]) -> Value:
     """The value with its axes in another order, or fewer of them."""
     source = (x.source[0], tuple(x.source[1][i] for i in order)) if x.source is not None else None
-    shape, labels, zero = (tuple(of[i] for i in order) for of in (x.shape, x.labels, x.zero))
-    return Value(shape, x.dtype, labels, zero, source=source, summed=x.summed)
+    shape, labels = tuple(x.shape[i] for i in order), tuple(x.labels[i] for i in order)
+    return Value(shape, x.dtype, labels, tuple(x.zero[i] for i in order), source=source, summed=x.summed)
 
 
 @rule("rev")
