@@ -33,7 +33,7 @@ class Trained(Leaf):
 
     def view(self) -> Array | FakeQuantized:
         """What stands for the weight during one call."""
-        return self.materialise()
+        return jnp.asarray(self.materialise())
 
     def settled(self) -> Leaf:
         """The compressed leaf of what was trained."""
