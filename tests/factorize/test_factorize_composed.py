@@ -1,5 +1,6 @@
 """Thin factors with everything else: transformations, devices, files, programs, and models whose units were cut."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress import compressed, dense, export, factorize, nbytes, pack, quantize, report, train
-from jaxcompress.arrays import LowRank, watch
+from jaxcompress.arrays import LowRank, is_leaf, watch
 from jaxcompress.factorize import Svd
 from jaxcompress.prune import channels
 
@@ -41,23 +42,29 @@ def close(a, b, tolerance=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
+STRICT = compressed(model, strict=True)
+
+
 def loss(p, tokens, run=model):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(run(p, tokens)[:, :-1], tokens[:, 1:]))
+    out = run(p, tokens)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out[:, :-1], tokens[:, 1:])), out
 
 
 def test_transformed():
-    """Under jit, scan, remat, vmap and grad no weight is made dense, and the factors get their derivatives."""
+    """Under jit, scan, remat and grad no weight is made dense, and the factors get their derivatives."""
     small = factorize.convert(PARAMS, RULES)
-    strict = compressed(model, strict=True)
     with watch() as hits:
-        out, each, slopes = jax.jit(
-            lambda p, t: (strict(p, t), jax.vmap(strict, (None, 0))(p, t), jax.grad(loss)(p, t, strict))
-        )(small, TOKENS)
-    assert not any(how == "dense" for *_, how in hits)
+        (_, out), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)(small, TOKENS, STRICT)
+    assert hits and not any(how == "dense" for *_, how in hits)
     close(out, model(dense(small), TOKENS))
-    close(each, out)
-    close(slopes, jax.grad(lambda p: loss(dense(p), TOKENS))(small))
+    close(slopes, jax.grad(lambda p: loss(dense(p), TOKENS)[0])(small))
     assert jax.tree.structure(slopes) == jax.tree.structure(small)
+
+
+@pytest.mark.slow
+def test_under_vmap():
+    small = factorize.convert(PARAMS, RULES)
+    close(jax.jit(jax.vmap(STRICT, (None, 0)))(small, TOKENS), model(dense(small), TOKENS))
 
 
 @pytest.mark.slow
@@ -69,7 +76,7 @@ def test_trained_on_eight_devices():
     def steps(p, tokens):
         def step(carry, _):
             p, state = carry
-            value, slopes = jax.value_and_grad(loss)(p, tokens, compressed(model))
+            (value, _), slopes = jax.value_and_grad(loss, has_aux=True)(p, tokens, STRICT)
             updates, state = tx.update(slopes, state, p)
             return (optax.apply_updates(p, updates), state), value
 
@@ -100,6 +107,29 @@ def test_saved_packed_and_exported(tmp_path):
     stored = 4 * (6 * (40 + 16) + 16) + 3 * (4 * (16 + 16) + 4 * (4 + 16))
     assert nbytes(small) == stored and size < stored + 20_000
     close(export.load(tmp_path / "model.bin")(TOKENS[:3].astype(jnp.int32)), model(dense(small), TOKENS[:3]), 1e-4)
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(40, 16)
+        x = embed(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        return embed.attend(x + nn.Conv(16, (3,))(x))
+
+
+@pytest.mark.slow
+def test_a_linen_network():
+    network = Network()
+    variables = network.init(jax.random.key(0), TOKENS)
+    rules = {
+        "embedding$": Svd(rank=6),
+        "(query|key|value)/kernel": Svd(rank=4, rows=(0,)),
+        "(out|Conv_0)/kernel": Svd(ratio=0.6),
+    }
+    small = factorize.convert(variables, rules)
+    assert sum(isinstance(w, LowRank) for w in jax.tree.leaves(small, is_leaf=is_leaf)) == 6
+    close(jax.jit(compressed(network.apply, strict=True))(small, TOKENS), network.apply(dense(small), TOKENS))
 
 
 def net(p, x):

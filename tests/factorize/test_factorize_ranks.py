@@ -84,6 +84,7 @@ def test_the_choice_is_rules_for_convert():
     assert factorize.ranks(PARAMS, CHOSEN, 297) == {"^a$": None, "^b$": None, "^c$": None}
 
 
+@pytest.mark.slow
 def test_inputs_multiples_and_stacks():
     params = {"a": PARAMS["b"], "stack": jnp.stack([decaying(16, 16, 0.7) for _ in range(3)])}
 
