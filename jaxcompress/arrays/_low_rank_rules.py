@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._leaf import is_leaf, register
-from jaxcompress.arrays._low_rank import Factor, LowRank, Side
+from jaxcompress.arrays._low_rank import LowRank, Side
 from jaxcompress.arrays._products import Dims, block_map, is_float, mesh_axes, register_product
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -42,7 +42,7 @@ def _dot(x: Array, w: LowRank, dims: Dims, params: dict[str, Any]) -> Any:
     places = [tuple(first.place[axis] for axis in axes) for axes in (dims.w_contract, dims.w_batch)]
     stacked = [i for i, axis in enumerate(dims.w_batch) if axis in stack]  # of the thin product's axes
 
-    def products(x: Array, one: Factor, other: Factor) -> Array:
+    def products(x: Array, one: Array, other: Array) -> Array:
         thin = lax.dot_general(x, one, ((dims.x_contract, places[0]), (dims.x_batch, places[1])), precision=precision)
         batch = stacked, [dims.w_batch[i] for i in stacked]
         return last(thin.astype(x.dtype), other, (((thin.ndim - 1,), (second.rank,)), batch))
@@ -74,7 +74,7 @@ def _conv(x: ArrayLike, w: LowRank, **params: Any) -> Any:
     if not plain or w.stacked or out_axis in first.axes or not is_float(x):
         return NotImplemented
 
-    def kernel(side: Side, factor: Factor, rank_is: int) -> Any:
+    def kernel(side: Side, factor: Array, rank_is: int) -> Any:
         """The factor in the weight's layout, its rank as input or output channels, 1 along the other's axes."""
         own = (*side.axes, rank_is)
         places = {**side.place, rank_is: side.rank}
@@ -90,7 +90,7 @@ def _conv(x: ArrayLike, w: LowRank, **params: Any) -> Any:
             for name, idle in alone.items()
         }
 
-    def convolutions(x: Array, one: Factor, other: Factor) -> Array:
+    def convolutions(x: Array, one: Array, other: Array) -> Array:
         thin = lax.conv_general_dilated_p.bind(x, kernel(first, one, out_axis), **along(first))
         return lax.conv_general_dilated_p.bind(thin.astype(x.dtype), kernel(second, other, in_axis), **along(second))
 
@@ -115,7 +115,7 @@ def _gather(w: LowRank, indices: ArrayLike, **params: Any) -> Any:
         "slice_sizes": (*sizes[: len(front.axes)], w.rank),
     }
 
-    def look_up(front_factor: Factor, back_factor: Factor) -> Array:
+    def look_up(front_factor: Array, back_factor: Array) -> Array:
         table = lax.transpose(front_factor, [*(front.place[axis] for axis in front.axes), front.rank])
         rows = lax.gather_p.bind(table, indices, **params | of_rows)
         out = lax.dot_general(rows, back_factor, (((gained[0],), (back.rank,)), ((), ())), precision=_HIGHEST)
@@ -176,7 +176,7 @@ def _reshaped(w: LowRank, shape: tuple[int, ...]) -> Any:
         order = [*range(w.stacked), *(side.place[axis] for axis in sorted(side.axes))]
         order.insert(side.rank, side.rank)
 
-        def lay(factor: Factor) -> Any:
+        def lay(factor: Array) -> Any:
             turned = factor if order == sorted(order) else lax.transpose(factor, order)
             return lax.reshape(turned, sizes)
 

@@ -92,7 +92,7 @@ def _allocated(choices: Mapping[str, list[_Choice]], budget: int) -> dict[str, _
         raise ValueError(f"the least ranks take {spent:,} parameters, more than the budget of {budget:,}")
     steps = [(name, a, b) for name, own in choices.items() for a, b in _steps(own)]
     steps.sort(key=lambda step: -_saved(*(choices[step[0]][i] for i in step[1:])))  # stable: a weight's stay in order
-    full = set()
+    full: set[str] = set()
     for name, a, b in steps:
         if name in full:
             continue
