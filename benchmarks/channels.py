@@ -30,7 +30,8 @@ TIMED: dict[str, Callable[[], architectures.Model]] = {
     "resnet50": architectures.resnet50,
     "resnet50_batch_4": lambda: architectures.resnet50(batch=4),
     "mobilenet_v2": lambda: architectures.mobilenet_v2(batch=4),
-    "vit_b": lambda: architectures.vit_b(batch=2),
+    "vit_b": architectures.vit_b,
+    "vit_b_batch_4": lambda: architectures.vit_b(batch=4),
     "decoder": lambda: architectures.llama(
         time=256, layers=4, d=768, q_heads=12, kv_heads=4, wide=2048, vocabulary=8192, dtype=jnp.float32
     ),

@@ -69,10 +69,10 @@ def codebook(rounds: int) -> Figures:
 SIZE, ROWS = 4096, (1, 4, 16)
 
 
-def _products(scheme: Any, rounds: int) -> dict[str, Figure]:
+def _products(scheme: quantize.Affine, rounds: int, outputs_first: bool = False) -> dict[str, Figure]:
     """`x @ w` with the compressed weight against the float32 one, for few rows of x; and the compiled temporaries."""
     weight = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / 64
-    small = scheme.convert(weight)
+    small = scheme.convert(weight).outputs_first() if outputs_first else scheme.convert(weight)
     figures = {}
     for rows in ROWS:
         x = jax.random.normal(jax.random.key(1), (rows, SIZE))
@@ -103,3 +103,14 @@ def weight_only(rounds: int) -> Figures:
 def integer(rounds: int) -> Figures:
     """The same with inputs in int8 too, as products of integers."""
     return _products(INT8, rounds)
+
+
+@benchmark("quantize.outputs_first")
+def outputs_first(rounds: int) -> Figures:
+    """Both with the int8 codes stored outputs first: weights alone in int8, and inputs too."""
+    schemes = {"weight_only": quantize.Affine(bits=8), "integer": INT8}
+    return {
+        f"{name}.{rows}": figure
+        for name, scheme in schemes.items()
+        for rows, figure in _products(scheme, rounds, outputs_first=True).items()
+    }

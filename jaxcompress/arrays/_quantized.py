@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -49,6 +50,9 @@ class Quantized(Leaf):
     """The integer of the inputs that means zero, as float32; `None` for a symmetric grid."""
     levels: tuple[float, ...] | None = eqx.field(static=True, default=None)
     """What the codes stand for, `2 ** bits` numbers, the code's lowest bits their index; `None`: they are numbers."""
+
+    turned: bool = eqx.field(static=True, default=False)
+    """Whether the (int8) values are stored with their last two axes exchanged; see `outputs_first`."""
 
     @classmethod
     def from_codes(
@@ -98,7 +102,7 @@ class Quantized(Leaf):
 
     def aval(self) -> ShapedArray:
         shape = self.values.shape if self.length is None else (*self.values.shape[:-1], self.length)
-        return ShapedArray(shape, jnp.dtype(self.compute_dtype))
+        return ShapedArray(_exchanged(shape) if self.turned else shape, jnp.dtype(self.compute_dtype))
 
     def materialise(self) -> Array:
         return (self.centred(jnp.float32) * self.spread(self.steps)).astype(self.compute_dtype)
@@ -110,7 +114,25 @@ class Quantized(Leaf):
 
     def codes(self) -> Int8[Array, "*shape"]:
         """The values as they were quantized, unpacked."""
+        if self.turned:
+            return jnp.swapaxes(self.values, -1, -2)
         return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
+
+    def outputs_first(self) -> "Quantized":
+        """The same weight with its codes stored `[..., outputs, inputs]`, its last two axes exchanged.
+
+        A CPU multiplies a few rows of input by whole columns of integers; stored so, each is read from one place. The
+        shape and every number stay.
+
+        Raises:
+          ValueError: values that aren't int8, or packed; fewer than two axes.
+        """
+        if self.values.dtype != jnp.int8 or self.length is not None or self.ndim < 2:
+            raise ValueError(
+                f"codes of 8 bits with at least two axes can be stored outputs first, got {self.bits} bits "
+                f"{list(self.shape)} as {self.values.dtype}"
+            )
+        return self if self.turned else dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), turned=True)
 
     def numbers(self, codes: Array, dtype: Any) -> Array:
         """What codes stand for, before the zero point and the scale."""
@@ -156,7 +178,8 @@ class Quantized(Leaf):
         a_group = self.group[1] if self.group is not None and axis == self.group[0] + len(self.shape) else 1
         packed = self.length is not None and axis == len(self.shape) - 1
         a_byte = 8 // self.bits if packed else 1
-        values = jax.lax.dynamic_slice_in_dim(self.values, start // a_byte, size // a_byte, axis)
+        stored = _exchanged(range(len(self.shape)))[axis] if self.turned else axis
+        values = jax.lax.dynamic_slice_in_dim(self.values, start // a_byte, size // a_byte, stored)
 
         def steps(per_block: Array) -> Array:
             if per_block.shape[axis] == 1:
@@ -187,3 +210,8 @@ class Quantized(Leaf):
             )
 
         return [column(codes, i) for i, codes in enumerate(signed_parts(self.values, self.bits))]
+
+
+def _exchanged(axes: Sequence[int]) -> tuple[int, ...]:
+    *outer, first, second = axes
+    return *outer, second, first

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from jaxcompress.arrays._digits import by_digits, is_laid_for_integers, suits
 from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._products import (
@@ -64,15 +65,15 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
             return _dot_columns(_dot_groups, x, w, dims, params)
 
         x, decode = _rounded_input(x, w, dims), _scaled if w.of_integers else None
-        return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims), decode=decode)
+        return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims, "tpu"), decode=decode)
     codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
     groups = functools.partial(_dot_groups, zero=zero)
     sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
     return sums * _along_weight(step, dims, w.ndim)
 
 
-def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
-    """A product of groups; on a TPU one row is computed twice, for XLA would write the decoded weight out for one."""
+def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims, on: str) -> Array:
+    """A product; on one platform a single row is computed twice, for XLA would write a wider weight out for one."""
     rows = dims.x_free(x.ndim)
     if not rows or any(x.shape[axis] != 1 for axis in rows):
         return product(x, w)
@@ -81,7 +82,7 @@ def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
         both = product(jnp.concatenate([x, x], axis=rows[-1]), w)
         return lax.slice_in_dim(both, 0, 1, axis=len(dims.x_batch) + len(rows) - 1)
 
-    return lax.platform_dependent(tpu=twice, default=lambda: product(x, w))
+    return lax.platform_dependent(**{on: twice}, default=lambda: product(x, w))
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
@@ -89,13 +90,20 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_i
     x = _rounded_input(x, w, dims)
     x = x if per_input is None else x * per_input
     decode = _centred if w.of_integers else None
-    return tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims, decode=decode)
+
+    def floats(x: Array, w: Quantized) -> Array:
+        return tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims, decode=decode)
+
+    return by_digits(floats, x, w, dims) if suits(x, w, dims) else floats(x, w)
 
 
 def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """The product of integers, scaled by the inputs' steps."""
 
     def integers(codes: Array) -> Array:
+        if is_laid_for_integers(w, dims):
+            stored = dims._replace(w_contract=(1,))
+            return _not_alone(lambda x, w: _dot_integers(x, w.values, stored, params), codes, w, dims, "cpu")
         # XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two int8 as
         # exactly as integers do
         return tiled(

@@ -121,6 +121,7 @@ def _with_children(
         zero_point=None if w.zero_point is None else move(w.zero_point),
         bits=8,
         length=None,
+        turned=False,
         group=group,
         input_scale=inputs[0],
         input_zero_point=inputs[1],
@@ -136,7 +137,10 @@ def _convert(w: Quantized, **params: Any) -> Any:
 
 @register(primitives.sharding_constraint_p)
 def _sharding_constraint(w: Quantized, **params: Any) -> Quantized:
-    values = constrain_like(w.values, w.shape, params)
+    if w.turned:
+        values = jnp.swapaxes(constrain_like(w.codes(), w.shape, params), -1, -2)
+    else:
+        values = constrain_like(w.values, w.shape, params)
     scale = constrain_like(w.scale, w.shape, params)
     zero_point = None if w.zero_point is None else constrain_like(w.zero_point, w.shape, params)
     return dataclasses.replace(w, values=values, scale=scale, zero_point=zero_point)

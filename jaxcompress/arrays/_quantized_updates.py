@@ -24,7 +24,8 @@ def _update(w: Quantized, update: ArrayLike, *starts: ArrayLike) -> Any:
     update = jnp.asarray(update)
     own = [axis for axis in range(w.ndim) if w.scale.shape[axis] == w.shape[axis] and w.shape[axis] > 1]
     whole = [axis for axis in range(w.ndim) if axis not in own or (w.length is not None and axis == w.ndim - 1)]
-    plain = w.zero_point is None and w.group is None and w.levels is None and w.values.dtype in (jnp.int8, jnp.uint8)
+    plain = w.zero_point is None and w.group is None and w.levels is None and not w.turned
+    plain = plain and w.values.dtype in (jnp.int8, jnp.uint8)
     if not (plain and is_float(update) and all(update.shape[axis] == w.shape[axis] for axis in whole)):
         return NotImplemented
     codes, step = quantize_input(update, w.bits, keep=own)

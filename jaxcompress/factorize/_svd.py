@@ -160,7 +160,8 @@ def spectrum(weight: Any, spec: Svd, inputs: InputStatistics | None = None, *, d
     shape = [math.prod(weight.shape[axis] for axis in axes) for axes in (range(stacked), own, columns)]
     matrix = jnp.transpose(weight, (*range(stacked), *own, *columns)).reshape(shape).astype(jnp.float32)
     if inputs is None:
-        return Spectrum(*jnp.linalg.svd(matrix, full_matrices=False), own)
+        basis, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+        return Spectrum(basis, values, right, own)
     root, inverse = _roots(inputs.gram, damping)
     basis, values, right = jnp.linalg.svd(jnp.matmul(root, matrix, precision=_HIGHEST), full_matrices=False)
     return Spectrum(jnp.matmul(inverse, basis, precision=_HIGHEST), values, right, own)

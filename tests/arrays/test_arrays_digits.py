@@ -1,0 +1,129 @@
+"""int8 codes that are stored outputs first: the same weight, and products by digits of the input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+
+from jaxcompress import compressed, dense, pack, quantize
+from jaxcompress.arrays import _digits
+from jaxcompress.quantize import Affine
+from jaxcompress.quantize import quantize as to_codes
+
+
+@pytest.fixture
+def one_device(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(_digits, "WORTH", 1)
+
+
+def turned(rng, inputs=96, outputs=40, **spec):
+    return to_codes(jnp.asarray(rng.normal(size=(inputs, outputs)), jnp.float32), Affine(**spec)).outputs_first()
+
+
+def of_integers(fn, *args) -> bool:
+    return "preferred_element_type=int32" in str(jax.make_jaxpr(fn)(*args))
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("rows", [(1,), (3, 2), (32,)])
+def test_products_are_as_near_as_those_of_floats(rng, rows):
+    w = turned(rng)
+    x = rng.normal(size=(*rows, 96)) * np.exp(rng.normal(size=(*rows, 96)))
+    wanted = np.asarray(x, np.float32).astype(np.float64) @ np.asarray(dense(w), np.float64)
+    reach = np.abs(x).max(-1, keepdims=True) * np.abs(np.asarray(dense(w))).sum(0)
+    for dtype, bound in ((jnp.float32, 2.0**-23), (jnp.bfloat16, 2.0**-7)):
+        number = jnp.asarray(x, dtype)
+        product = compressed(lambda x, w: x @ w.astype(x.dtype))
+        got = jax.jit(product)(number, w)
+        assert got.dtype == dtype and of_integers(product, number, w)
+        assert (np.abs(np.asarray(got, np.float64) - wanted) <= bound * reach).all()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_tied_embedding_read_backwards_is_stored_so_already(rng):
+    w = to_codes(jnp.asarray(rng.normal(size=(40, 96)), jnp.float32), Affine(axes=(0,)))
+    x = jnp.asarray(rng.normal(size=(4, 96)), jnp.float32)
+    fn = compressed(lambda x, w: x @ w.T, strict=True)
+    np.testing.assert_allclose(jax.jit(fn)(x, w), x @ dense(w).T, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_derivatives_are_those_of_the_product(rng):
+    w, x = turned(rng), jnp.asarray(rng.normal(size=(4, 96)), jnp.float32)
+    way = jnp.asarray(rng.normal(size=(4, 40)), jnp.float32)
+    got = jax.jit(jax.grad(lambda x: (way * compressed(jnp.matmul)(x, w)).sum()))(x)
+    np.testing.assert_allclose(got, way @ dense(w).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_rows_of_any_size_are_their_own_affair(rng):
+    w = turned(rng)
+    x = np.asarray(rng.normal(size=(6, 96)), np.float32)
+    x[1], x[2], x[3] = 0, x[3] * 1e30, x[3] * 1e-30
+    x[4, 7] = np.nan
+    got = np.asarray(jax.jit(compressed(jnp.matmul))(jnp.asarray(x), w))
+    assert np.isnan(got[4]).all() and (got[1] == 0).all()
+    for row in (0, 2, 3, 5):
+        reach = np.abs(x[row]).max() * np.abs(np.asarray(dense(w))).sum(0)
+        assert (np.abs(got[row] - x[row] @ np.asarray(dense(w))) <= 2.0**-22 * reach).all()
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("spec", [{"bits": 8}, {"bits": 6, "symmetric": False}, {"group": (0, 32)}])
+def test_what_is_not_so_laid_goes_the_other_ways(rng, spec):
+    w, x = turned(rng, **spec), jnp.asarray(rng.normal(size=(64, 96)), jnp.float32)  # many rows
+    assert not of_integers(compressed(jnp.matmul), x, w)
+    np.testing.assert_allclose(jax.jit(compressed(jnp.matmul))(x, w), x @ dense(w), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_integers_are_the_same_to_the_bit(rng, rows):
+    w, x = turned(rng, activation_bits=8), jnp.asarray(rng.normal(size=(rows, 96)), jnp.float32)
+    plain = to_codes(dense(w), Affine(activation_bits=8))
+    assert (plain.codes() == w.codes()).all()
+    run = jax.jit(compressed(jnp.matmul, strict=True))
+    np.testing.assert_array_equal(run(x, w), run(x, plain))
+
+
+def test_it_is_the_same_weight_wherever_it_goes(rng, tmp_path):
+    w = turned(rng, 12, 8)
+    whole = np.asarray(dense(w))
+    assert (w.shape, w.values.shape, w.outputs_first()) == ((12, 8), (8, 12), w)
+
+    def ways(w, i):
+        return w.T, w.reshape(3, 4, 8), w[i], w * 2, w.astype(jnp.bfloat16), jnp.ones((1, 9, 12)) @ w
+
+    got, wanted = compressed(ways)(w, jnp.array([3, 5])), ways(jnp.asarray(whole), jnp.array([3, 5]))
+    for a, b in zip(dense(got), wanted, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-5, atol=1e-5)
+    for start in (0, 4):
+        np.testing.assert_array_equal(dense(w.tile(0, start, 4)), whole[start : start + 4])
+        np.testing.assert_array_equal(dense(w.tile(1, start, 4)), whole[:, start : start + 4])
+    pack.save(tmp_path / "w.jxc", {"w": w})
+    np.testing.assert_array_equal(dense(pack.load(tmp_path / "w.jxc")["w"]), whole)
+    kept = export.deserialize(export.export(jax.jit(lambda w: compressed(jnp.dot)(jnp.ones(12), w)))(w).serialize())
+    np.testing.assert_allclose(kept.call(w), whole.sum(0), rtol=1e-5)
+
+
+def test_stacked_by_scan(rng):
+    w = jnp.asarray(rng.normal(size=(3, 16, 16)) / 4, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
+    small = to_codes(w, Affine(axes=(0, -1))).outputs_first()
+    got = jax.jit(compressed(lambda w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], strict=True))(small)
+    wanted = x
+    for layer in dense(small):
+        wanted = jnp.tanh(wanted @ layer)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_by_path(rng):
+    w = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    params = {"a": {"kernel": w, "bias": w[0]}, "b": {"kernel": w}}
+    small = quantize.convert(params, {"a/kernel$": Affine(), "b/kernel$": Affine(bits=4)})
+    laid = quantize.outputs_first(small, {"a/kernel$": True})
+    assert laid["a"]["kernel"].turned and not laid["b"]["kernel"].turned
+    for rule, said in (("b/kernel$", "b/kernel.*4 bits"), ("bias$", "a/bias.*no quantized weight")):
+        with pytest.raises(ValueError, match=said):
+            quantize.outputs_first(small, {rule: True})
