@@ -2,7 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,6 +15,18 @@ from jaxcompress.arrays import is_leaf
 
 FEW_POINTS = 64
 """Kernels of more points are not written out, or compiling takes long."""
+
+_as_written = ContextVar("as_written", default=False)
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within, convolutions are left as they are: a smaller model that is staged to be cut again shows its own."""
+    token = _as_written.set(True)
+    try:
+        yield
+    finally:
+        _as_written.reset(token)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
@@ -30,7 +44,8 @@ def convolve(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
     in_order = numbers.lhs_spec == numbers.out_spec == (0, last, *range(1, last))
     whole = params["batch_group_count"] == 1 and all(d == 1 for d in params["lhs_dilation"])
     points = math.prod(kernel.shape[axis] for axis in numbers.rhs_spec[2:])
-    if not in_order or not whole or is_leaf(getattr(kernel, "value", None)):  # inside `compressed`, the leaf has a rule
+    compressed = is_leaf(getattr(kernel, "value", None))  # and has a rule of its own
+    if _as_written.get() or compressed or not in_order or not whole:
         return _as_is(x, kernel, params)
     if params["feature_group_count"] == 1:
         if points == 1 and not any(map(any, params["padding"])):

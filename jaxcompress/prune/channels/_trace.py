@@ -21,6 +21,7 @@ from jaxcompress.prune.channels import (  # noqa: F401
     _rules_shape,
     _rules_shard_map,
 )
+from jaxcompress.prune.channels._convolve import as_written
 from jaxcompress.prune.channels._tape import Tape, Tracer, Value, live
 
 OUTPUT = "an output of the function (free_out names outputs that may shrink)"
@@ -80,7 +81,8 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
 
     structs = jax.tree.map(_struct, (param_arrays, arg_arrays))
     try:
-        jaxpr, out_shapes = jax.make_jaxpr(staged, return_shape=True)(*structs)
+        with as_written():
+            jaxpr, out_shapes = jax.make_jaxpr(staged, return_shape=True)(*structs)
     except Exception as error:
         if any(map(_explicit, jax.tree.leaves((param_arrays, arg_arrays)))):
             error.add_note(

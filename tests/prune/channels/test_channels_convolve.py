@@ -83,7 +83,7 @@ def test_half_precision_keeps_its_types(rng, groups):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-2)
 
 
-def test_a_compressed_kernel_meets_its_own_rule(rng):
+def test_compressed_kernels_meet_their_own_rules_and_it_can_be_cut_again(rng):
     def n(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
@@ -99,6 +99,9 @@ def test_a_compressed_kernel_meets_its_own_rule(rng):
     groups = channels.groups(fn, params, x)
     plan = channels.from_units(groups, {group.name: [0] for group in groups})  # 7 and 11 channels are left
     small = channels.shrink(fn, params, plan)
+    again = channels.groups(small, plan.apply(params), x)  # to be cut again: all but the way it is written is as it was
+    assert {group.size for group in again} == {7, 11} and not again.unknown
+    assert channels.flops(again) == channels.flops(groups, plan)
     codes = quantize.convert(plan.apply(params), {".": quantize.Affine(bits=8)})
     got = jax.jit(compressed(small, strict=True))(codes, x)  # strict: nothing is made dense
     np.testing.assert_allclose(got, jax.jit(small)(dense(codes), x), rtol=1e-4, atol=1e-3)
