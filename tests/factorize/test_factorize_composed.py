@@ -136,6 +136,7 @@ def net(p, x):
     return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
 
 
+@pytest.mark.slow
 def test_cut_factorized_traced_again_quantized_and_packed(tmp_path):
     """Units are cut, what is left factorized, ranks cut as units are, factors quantized, and all of it is packed."""
     params, x = {"a": weight(6, 32), "b": weight(32, 48), "c": weight(48, 4)}, weight(32, 6)
