@@ -15,7 +15,9 @@ def test_counts():
     assert (report.parameters(tree), report.nonzeros(tree)) == (9, 3)
 
 
-@pytest.mark.parametrize("leaf", [quantized((12, 10)), quantized((12, 9), bits=4, asymmetric=True), sparse((12, 10)), low_rank((12, 10))])
+@pytest.mark.parametrize(
+    "leaf", [quantized((12, 10)), quantized((12, 9), bits=4, asymmetric=True), sparse((12, 10)), low_rank((12, 10))]
+)
 def test_compressed_leaves_count_as_what_they_stand_for(leaf):
     assert report.parameters(leaf) == leaf.size
     assert report.nonzeros(leaf) == int(jnp.count_nonzero(leaf.materialise()))

@@ -1,6 +1,7 @@
 """Quantized weights: small integers or floats, a scale, and perhaps a zero point."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -179,7 +180,7 @@ class Quantized(Leaf):
         packed = self.length is not None and axis == len(self.shape) - 1
         a_byte = 8 // self.bits if packed else 1
         stored = _exchanged(range(len(self.shape)))[axis] if self.turned else axis
-        values = jax.lax.dynamic_slice_in_dim(self.values, start // a_byte, size // a_byte, stored)
+        values = _part(self.values, start // a_byte, size // a_byte, stored)
 
         def steps(per_block: Array) -> Array:
             if per_block.shape[axis] == 1:
@@ -215,3 +216,19 @@ class Quantized(Leaf):
 def _exchanged(axes: Sequence[int]) -> tuple[int, ...]:
     *outer, first, second = axes
     return *outer, second, first
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _part(values: Array, start: Array, size: int, axis: int) -> Array:
+    """`dynamic_slice_in_dim`; of small floats by their bits, or XLA:CPU widens all of them before a loop over parts."""
+    if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize > 2:
+        return jax.lax.dynamic_slice_in_dim(values, start, size, axis)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint8 if values.dtype.itemsize == 1 else jnp.uint16)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), values.dtype)
+
+
+@_part.defjvp
+def _part_jvp(size: int, axis: int, at: tuple[Array, Array], along: tuple[Array, Any]) -> tuple[Array, Array]:
+    values, start = at
+    plain = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=axis)
+    return _part(values, start, size, axis), jax.jvp(plain, (values,), along[:1])[1]

@@ -10,7 +10,7 @@ from jax import export, lax
 
 from jaxcompress import compressed
 from jaxcompress.arrays import Quantized, _lanes, _tiles
-from jaxcompress.quantize import Affine, quantize
+from jaxcompress.quantize import Affine, Floats, quantize
 
 
 @pytest.fixture
@@ -159,22 +159,29 @@ def test_convolutions(small_tiles, bits: int) -> None:
     np.testing.assert_allclose(compressed(convolve)(x, w), convolve(x, w.materialise()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "groups"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "groups", "outputs first", "fp8"])
 def test_no_float_copy_of_the_weight(monkeypatch, spec: str) -> None:
     """Compiled at batch 1: temporaries of a twentieth of the weight's codes, and no float array of its shape."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     n = 4096
-    spec = {"int8": Affine(), "int4": Affine(bits=4), "groups": Affine(group=(0, 64))}[spec]
-    w = jax.eval_shape(lambda w: quantize(w, spec), jax.ShapeDtypeStruct((n, n), jnp.float32))
+    makes = {
+        "int8": Affine().convert,
+        "int4": Affine(bits=4).convert,
+        "groups": Affine(group=(0, 64)).convert,
+        "outputs first": lambda w: Affine().convert(w).outputs_first(),
+        "fp8": Floats("float8_e4m3fn").convert,
+    }
+    w = jax.eval_shape(makes[spec], jax.ShapeDtypeStruct((n, n), jnp.float32))
     x = jax.ShapeDtypeStruct((1, n), jnp.float32)
 
     def slope(x: jax.Array, w: Quantized) -> jax.Array:
         return jax.grad(lambda x: jnp.sum(jnp.sin(compressed(jnp.dot)(x, w))))(x)
 
-    few = 0.05 * w.values.size  # of which a byte each; a gradient copies the codes, once
+    # of the values, of which most are a byte each; a gradient copies the codes, once, and so does a product of fp8
+    few = (1.1 if spec == "fp8" else 0.05) * w.values.size
     for fn, most in ((compressed(jnp.dot), few), (slope, 1.2 * n * n)):
         compiled = jax.jit(fn).lower(x, w).compile()
-        assert not re.search(rf"(f32|bf16|s16)\[{n},{n}\]", compiled.as_text())
+        assert not re.search(rf"(f32|f16|bf16|s16)\[{n},{n}\]", compiled.as_text())
         assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
