@@ -186,7 +186,7 @@ def _describe_leaf(leaf: Leaf, path: str, put: Put) -> Any:
             same = False
         if not same:
             raise TypeError(f"{_at(path)}: {name}.{field} is {value!r}; static fields must be of JSON types and tuples")
-        if value is not None:
+        if value != _defaults(type(leaf)).get(field):
             fields[field] = value
     return {name: fields}
 
@@ -215,7 +215,7 @@ def _restore_leaf(name: str, fields: dict[str, Any], get: Get) -> Leaf:
         raise PackError(f"it is a {name}, a leaf class that is not defined here; import the module that defines it")
     cls = Leaf.registry[name]
     known = {field.name: field.metadata.get("static", False) for field in dataclasses.fields(cls)}
-    values: dict[str, Any] = {field: None for field in known if field != "strict"}  # what is absent is None
+    values: dict[str, Any] = {field: None for field in known if field != "strict"} | _defaults(cls)
     for field, description in fields.items():
         if field not in known:
             raise PackError(f"{name} has no field {field}")
@@ -229,6 +229,11 @@ def _restore_leaf(name: str, fields: dict[str, Any], get: Get) -> Leaf:
     leaf = cls(**values)
     leaf.aval()  # refuses children that do not fit together
     return leaf
+
+
+def _defaults(cls: type[Leaf]) -> dict[str, Any]:
+    """What fields are that a file leaves out; those without a default here are None."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING and f.init}
 
 
 def _on_device(array: Any) -> jax.Array:

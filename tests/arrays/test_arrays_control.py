@@ -71,7 +71,7 @@ LEAVES = {
     "low rank": lambda: low_rank((8, 8)),
 }
 TRAINED = {"sparse": "values", "low rank": "left"}
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "low rank" else ()) for name in LEAVES]
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in ("low rank", "int8") else ()) for name in LEAVES]
 
 
 @pytest.mark.parametrize("leaf", NAMES)

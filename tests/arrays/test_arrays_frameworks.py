@@ -68,6 +68,7 @@ def close(a, b, tolerance=2e-5):
 
 
 SLOW = [
+    ("plain", jnp.float32),
     ("plain", jnp.bfloat16),
     ("scan", jnp.float32),
     ("scan", jnp.bfloat16),
@@ -78,7 +79,7 @@ SLOW = [
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("plain", jnp.float32)] + [pytest.param(*rest, marks=pytest.mark.slow) for rest in SLOW],
+    [pytest.param(*rest, marks=pytest.mark.slow) for rest in SLOW],
 )
 def test_linen_transformer(kind, dtype):
     model = Transformer(kind, dtype)

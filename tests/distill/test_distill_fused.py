@@ -23,7 +23,9 @@ def case(rng, tokens=37, vocabulary=50, dtype="float32"):
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 37, 100, None])
-@pytest.mark.parametrize("alpha,beta,temperature", [(1.0, 0.0, 2.0), (0.7, 0.5, 1.0)])
+@pytest.mark.parametrize(
+    "alpha,beta,temperature", [pytest.param(1.0, 0.0, 2.0, marks=pytest.mark.slow), (0.7, 0.5, 1.0)]
+)
 def test_value_and_gradients_are_those_of_the_plain_loss(rng, chunk, alpha, beta, temperature):
     arrays, labels, where = case(rng)
     options = {"alpha": alpha, "beta": beta, "temperature": temperature}

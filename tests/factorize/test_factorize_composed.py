@@ -50,6 +50,7 @@ def loss(p, tokens, run=model):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out[:, :-1], tokens[:, 1:])), out
 
 
+@pytest.mark.slow
 def test_transformed():
     """Under jit, scan, remat and grad no weight is made dense, and the factors get their derivatives."""
     small = factorize.convert(PARAMS, RULES)

@@ -32,7 +32,9 @@ def step(params, state):
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize(("kind", "jit_init"), [(AxisType.Auto, True), (AxisType.Explicit, False)])
+@pytest.mark.parametrize(
+    ("kind", "jit_init"), [pytest.param(AxisType.Auto, True, marks=pytest.mark.slow), (AxisType.Explicit, False)]
+)
 def test_eight_devices_as_one(kind: AxisType, jit_init: bool) -> None:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     alone = parameters()

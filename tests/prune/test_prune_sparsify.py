@@ -91,7 +91,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if i % 2 else k for i, k in enumerate(OPTIMIZERS)]
+)
 def test_updates_alone_leave_exact_zeros(kind: str) -> None:
     for i, params, state in train(OPTIMIZERS[kind](), parameters()):
         for name in SHAPES:
@@ -153,7 +155,7 @@ class Model(nnx.Module):
         return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
 
 
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_an_nnx_optimizer(jit: bool) -> None:
     model = Model(nnx.Rngs(0))
     rules = {"conv/kernel$": 0.5, "head/kernel$": prune.NM(2, 4)}

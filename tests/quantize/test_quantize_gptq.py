@@ -113,7 +113,7 @@ def test_refuses(rng):
         quantize.gptq(observer, {"w": w}, [x], {"w": Affine()})
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
 def test_over_eight_devices(kind, rng):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     w, x = problem(rng)

@@ -42,7 +42,7 @@ BOTH = Affine(4, axes=(), symmetric=False, activation_bits=8)
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("weights", marks=pytest.mark.slow), "dynamic", pytest.param("static", marks=pytest.mark.slow)]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("weights", "dynamic", "static")]
 )
 def test_with_running_averages_it_is_the_folded_model_in_integers(kind, net):
     model, variables, x = net

@@ -6,7 +6,7 @@ from channels_zoo import ZOO
 
 from jaxcompress.prune import channels
 
-FAST = {"mlp", "rotary_gqa"}
+FAST = {"mlp"}
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
