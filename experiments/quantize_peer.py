@@ -7,6 +7,7 @@ is called in turns, so that a busy spell of the machine meets all alike. qwix co
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,13 @@ def main(config: Config) -> _results.Result:
             spec = {"kernel$": Affine(8, activation_bits=bits)}
             ours = quantize.convert(trained, spec)
             arms[f"jaxcompress, {kind}"] = (compressed(lab.apply), ours, quantize.fake(lab.apply, spec))
+            matrices = {
+                f"^{re.escape(name)}$": True
+                for name, w in named_leaves(trained)
+                if name.endswith("kernel") and w.ndim == 2
+            }
+            laid = quantize.outputs_first(ours, matrices)
+            arms[f"jaxcompress, {kind}, outputs first"] = (compressed(lab.apply), laid, quantize.fake(lab.apply, spec))
             try:
                 arms[f"qwix, {kind}"] = _theirs(lab, trained, bits)
             except ValueError as error:  # weights alone, in a convolution

@@ -19,6 +19,7 @@ from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import WORTH
 
 FEW = 32  # rows; with more of them three products of integers take longer than decoding and one of floats
+LITTLE, FEWER = 1 << 12, 4  # weights of that many on, less than are worth tiles, pay for so many rows
 DEEP = (1 << 31) // (127 * 128)  # contracted weights whose products int32 can add up
 BASE = 254
 
@@ -32,9 +33,9 @@ def is_laid_for_integers(w: Quantized, dims: Dims) -> bool:
 def suits(x: Array, w: Quantized, dims: Dims) -> bool:
     """Whether `by_digits` can, and is faster."""
     rows = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
-    known = isinstance(rows, int) and 0 < rows <= FEW  # under jax.export it may be a symbol
-    alone = jax.device_count() == 1
-    return known and alone and is_float(x) and is_laid_for_integers(w, dims) and w.size >= WORTH
+    most = FEW if w.size >= WORTH else FEWER if w.size >= LITTLE else 0
+    known = isinstance(rows, int) and 0 < rows <= most  # under jax.export it may be a symbol
+    return known and jax.device_count() == 1 and is_float(x) and is_laid_for_integers(w, dims)
 
 
 def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
