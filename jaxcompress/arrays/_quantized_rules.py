@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._digits import by_digits, is_laid_for_integers, suits
+from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
 from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._products import (
@@ -101,19 +101,19 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     """The product of integers, scaled by the inputs' steps."""
 
     def integers(codes: Array) -> Array:
-        if is_laid_for_integers(w, dims):
-            stored = dims._replace(w_contract=(1,))
-            return _not_alone(lambda x, w: _dot_integers(x, w.values, stored, params), codes, w, dims, "cpu")
-        # XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two int8 as
-        # exactly as integers do
+        whole = functools.partial(_dot_columns, lambda x, w, *_: _dot_integers(x, w.codes(), dims, params))
+        if is_laid_for_integers(codes, w, dims):
+            return lax.platform_dependent(
+                cpu=lambda: integer_codes(codes, w, dims), default=lambda: whole(codes, w, dims, params)
+            )
+        # elsewhere XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two
+        # int8 as exactly as integers do
         return tiled(
             lambda x, w: _dot_columns(_dot_floats, x, w, dims, params).astype(jnp.int32),
             codes.astype(jnp.float32),
             w,
             dims,
-            whole=lambda: _dot_columns(
-                lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params
-            ),
+            whole=lambda: whole(codes, w, dims, params),
             rows=8,
             depth=1 << 10,
             decode=_centred,
