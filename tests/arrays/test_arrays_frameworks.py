@@ -84,7 +84,7 @@ SLOW = [
 def test_linen_transformer(kind, dtype):
     model = Transformer(kind, dtype)
     tokens = jnp.arange(12).reshape(2, 6)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     stacked = quantize.Affine(axes=(0, -1))
     rules = [("embedding$", quantize.Affine(axes=(0,))), ("kernel$", stacked if kind == "scan" else quantize.Affine())]
     small = quantize.convert(variables, rules)
@@ -102,7 +102,7 @@ def test_linen_transformer(kind, dtype):
 
 def test_linen_convolutions_batch_norm_and_dropout(rng):
     model, x = Convnet(), jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     small = quantize.convert(variables, KERNELS_ONLY)
     close(jax.jit(compressed(model.apply, strict=True))(small, x), model.apply(dense(small), x))
     kwargs = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
@@ -118,7 +118,7 @@ KERNELS_ONLY = {"kernel$": quantize.Affine()}
 @pytest.mark.slow
 def test_linen_recurrent_cell(rng):
     model, x = Recurrent(), jnp.asarray(rng.normal(size=(2, 5, 7)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     small = quantize.convert(variables, KERNELS_ONLY)
     close(jax.jit(compressed(model.apply, strict=True))(small, x), model.apply(dense(small), x))
 
@@ -126,7 +126,7 @@ def test_linen_recurrent_cell(rng):
 @pytest.mark.slow
 def test_sparse_linen_model(rng):
     model, x = Convnet(), jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     names = [name for name, _ in named_leaves(variables)]
     leaves = [
         Sparse.from_dense(w, jnp.asarray(rng.random(w.shape) < 0.2)) if name.endswith("kernel") else w
