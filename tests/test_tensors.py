@@ -30,7 +30,7 @@ def tree(rng):
         ("two/kernel", Affine(2, axes=())),
         ("", None),
     ]
-    small = quantize.convert(params, rules)
+    small = jax.jit(lambda params: quantize.convert(params, rules))(params)
     ranges = {"eight/kernel": quantize.Range(np.float32(-1), np.float32(2))}
     small["eight"] = quantize.static({"eight": small["eight"]}, ranges)["eight"]
     return small

@@ -45,7 +45,7 @@ def rounded(x, bits):
 def test_attention_over_a_quantized_cache(bits, rng):
     """Against attention written down in NumPy, on keys and values that are rounded there."""
     tokens = jnp.asarray(rng.normal(size=(BATCH, LENGTH, 12)), jnp.float32)
-    variables = attention().init(jax.random.key(0), tokens)
+    variables = jax.jit(attention().init)(jax.random.key(0), tokens)
     rules = {"cached_(key|value)$": quantize.Affine(bits, axes=(-4, -3, -2))}
     with watch() as hits:
         out, cache = decoded(variables, tokens, rules)

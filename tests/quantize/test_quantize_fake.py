@@ -37,7 +37,7 @@ class Net(nn.Module):
 @pytest.fixture
 def net(rng):
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)
-    return Net(), Net().init(jax.random.key(0), x), x
+    return Net(), jax.jit(Net().init)(jax.random.key(0), x), x
 
 
 def test_a_product_by_hand(rng):
@@ -154,7 +154,7 @@ def test_two_weights_of_one_shape_are_told_apart():
 def test_tied_embedding(rng):
     """The table is on its grid at both ends; only the product rounds its input."""
     embed = nn.Embed(12, 6)
-    variables = embed.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    variables = jax.jit(embed.init)(jax.random.key(0), jnp.zeros(1, jnp.int32))
     rules = {"embedding$": quantize.Affine(8, axes=(0,), activation_bits=8)}
     table = rounded(variables["params"]["embedding"], axis=1)
     looked_up = quantize.fake(embed.apply, rules)(variables, jnp.arange(12))
@@ -168,7 +168,7 @@ def test_tied_embedding(rng):
 def test_recurrent_cell(rng):
     """The same weight in every step of a scan, rounded once and the same."""
     model, x = nn.RNN(nn.LSTMCell(6)), jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     rules = {"kernel$": SPEC}
     got = quantize.fake(model.apply, rules)(variables, x)
     integers = jax.jit(compressed(model.apply, strict=True))(quantize.convert(variables, rules), x)
@@ -210,7 +210,7 @@ def test_zero_inputs_and_empty_scales_are_finite():
 def test_linen_wrapper_is_the_transform(net):
     model, variables, x = net
     wrapped = linen.FakeQuantized(model, RULES)
-    own = wrapped.init(jax.random.key(0), x)
+    own = jax.jit(wrapped.init)(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, own, variables)
     fake = quantize.fake(model.apply, RULES)
     np.testing.assert_allclose(wrapped.apply(variables, x), fake(variables, x), rtol=1e-6)
@@ -227,7 +227,7 @@ def test_linen_wrapper_inside_a_larger_model(net):
         def __call__(self, x):
             return nn.Dense(3, name="plain")(linen.FakeQuantized(Net(name="body"), RULES)(x))
 
-    variables = Outer().init(jax.random.key(0), x)
+    variables = jax.jit(Outer().init)(jax.random.key(0), x)
     body = {name: tree["body"] for name, tree in variables.items()}
     inner = quantize.fake(Net().apply, RULES)(body, x)
     expected = inner @ variables["params"]["plain"]["kernel"] + variables["params"]["plain"]["bias"]

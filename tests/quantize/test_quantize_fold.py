@@ -44,7 +44,7 @@ def varied(variables, rng):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_same_function_with_norms_that_only_shift(scaled, rng):
     model, x = Net(scaled), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
-    variables = varied(model.init(jax.random.key(0), x), rng)
+    variables = varied(jax.jit(model.init)(jax.random.key(0), x), rng)
     out = quantize.fold(model.apply, variables, x)
     assert jax.tree.structure(out) == jax.tree.structure(variables)
     np.testing.assert_allclose(model.apply(out, x), model.apply(variables, x), rtol=1e-4, atol=1e-4)
@@ -105,7 +105,7 @@ def test_nnx_and_plain_functions(rng):
 
 def test_nothing_to_fold(rng):
     model, x = Net(), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match="running averages"):  # statistics of the batch depend on the data
         quantize.fold(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0], variables, x)
     with pytest.raises(ValueError, match="nothing to fold"):
@@ -131,7 +131,7 @@ def test_bias_correction_is_the_mean_inputs_times_the_error(rng):
 def test_bias_correction_of_convolutions_and_norms(rng):
     """Where the bias stands before or behind a norm's scale; and inputs on a static grid count too."""
     model, x = Net(), jnp.asarray(rng.normal(loc=0.5, size=(8, 5, 5, 4)), jnp.float32)
-    variables = varied(model.init(jax.random.key(0), x), rng)
+    variables = varied(jax.jit(model.init)(jax.random.key(0), x), rng)
     rules = {"kernel$": Affine(3, axes=(), activation_bits=4)}
     ranges = quantize.input_ranges(model.apply, variables, [x], rules)
     small = quantize.static(quantize.convert(variables, rules), ranges)

@@ -24,7 +24,7 @@ class Net(nn.Module):
 @pytest.fixture
 def net(rng):
     x = jnp.asarray(rng.normal(size=(4, 5, 5, 2)), jnp.float32)
-    variables = Net().init(jax.random.key(0), x)
+    variables = jax.jit(Net().init)(jax.random.key(0), x)
 
     def leaf(path, x):
         positive = path[-1].key == "var"
