@@ -6,7 +6,7 @@ sums are float64: exact beyond the 2**24 at which float32 counts stop.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,7 +33,7 @@ def binned(values: Float[np.ndarray, " n"], bins: int = 4096, chunk: int = 1 << 
         return Bins(means, counts.astype(np.int64))
     low, high = float(values.min()), float(values.max())
     counts, sums = np.zeros(bins, np.int64), np.zeros(bins)
-    number = np.float32 if 1e-30 < high - low < 1e38 else np.float64  # differences and scales that float32 has
+    number: Any = np.float32 if 1e-30 < high - low < 1e38 else np.float64  # differences and scales that float32 has
     scale = number(bins / (high - low)) if high > low else number(0)
     for start in range(0, values.size, chunk):
         part = values[start : start + chunk]
