@@ -200,6 +200,8 @@ def test_constant_and_huge_weights(value: float) -> None:
     ("make", "error", "message"),
     [
         (lambda: quantize.KMeans(1), ValueError, "2 to 256"),
+        (lambda: quantize.KMeans(2.5), ValueError, "2 to 256"),
+        (lambda: quantize.KMeans(axes=0), TypeError, "axes must be a tuple"),
         (lambda: quantize.KMeans(start="best"), ValueError, "start is one of"),
         (lambda: quantize.Ternary(threshold=0), ValueError, "positive"),
         (lambda: quantize.KMeans().convert(jnp.array([[jnp.nan, 1]])), ValueError, "non-finite"),
