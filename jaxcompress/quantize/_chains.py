@@ -15,7 +15,7 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves
 
 _INLINE = {"jit", "pjit", "closed_call", "core_call"}
-_CUSTOM = {"custom_jvp_call"}
+_CUSTOM = {"custom_jvp_call", "remat2", "checkpoint"}
 _AFFINE = {"add", "sub", "mul", "div"}
 SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type"}
 """What gives the same numbers in another shape or dtype."""
@@ -101,7 +101,7 @@ def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, 
 
     On its way there it may be cast and transposed, to either side of the product. Only what is affine in the product,
     channel by channel, with parameters that are used nowhere else, counts; the chain ends before anything else. Kernels
-    inside `scan`, `cond` or `remat` are not found.
+    inside `scan` and `cond` are not found.
     """
     names = [name for name, _ in named_leaves(params, is_leaf)]
     leaves = [x for _, x in named_leaves(params, is_leaf)]
@@ -134,7 +134,8 @@ def flattened(
 ) -> tuple[list[Operation], list[Value]]:
     """The function's operations and its results; its first `n` arguments are parameters.
 
-    Inner jits are inlined; with `custom` also functions that have a derivative of their own (a rectifier).
+    Inner jits are inlined; with `custom` also what only derivatives see: functions that have one of their own (a
+    rectifier), and `remat`.
     """
     inline = _INLINE | _CUSTOM if custom else _INLINE
     closed = jax.make_jaxpr(fn)(params, batch)

@@ -19,7 +19,7 @@ def fold(fn: Callable[[Any, Any], Any], params: Any, batch: Any, *, tolerance: f
     Batch-norm folding (Jacob et al. 2018, section 3.2), for any function: behind each kernel that is used once, in a
     product or a convolution, the trace is followed as far as it is affine with parameters alone. The factor found there
     goes into the kernel and into what is added before it; the parameter that made it becomes what makes a factor of 1.
-    The tree keeps its structure: a batch norm stays, and only shifts.
+    The tree keeps its structure: a batch norm stays, and only shifts. Layers in `scan` and `cond` stay as they are.
 
         variables = quantize.fold(lambda v, x: model.apply(v, x, train=False), variables, x)
         small = quantize.convert(variables, rules)

@@ -32,7 +32,7 @@ def pairs(
     trace is followed to the weights of the next products. Whether a positive scale really passes everything on the way
     (rectifiers, pooling, attention's weighted sums and gates do; gelu, softmax and sums with other branches do not) is
     no matter of names: it is tried, with random weights and scales, and a pair under which the function changes is left
-    out. So is a weight that is used more than once, and all inside `scan`, `cond` or `remat`.
+    out. So is a weight that is used more than once, and all inside `scan` and `cond`.
 
     Args:
       fn: `fn(params, batch)`, the model as it is used after training.

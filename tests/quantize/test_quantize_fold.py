@@ -136,6 +136,28 @@ def test_folding_and_bias_correction_in_half_precision(dtypes, rng):
     assert float(jnp.max(jnp.abs(found["Dense_0"]["bias"] - variables["params"]["Dense_0"]["bias"]))) > 1e-3
 
 
+def test_layers_that_are_rematerialised(rng):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(6)(x)))
+
+    class Net(nn.Module):
+        block: type
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="out")(self.block(name="block")(x))
+
+    model, x = Net(nn.remat(Block)), jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    variables = varied(model.init(jax.random.key(0), x), rng)
+    folded = [quantize.fold(net.apply, variables, x) for net in (model, Net(Block))]
+    jax.tree.map(np.testing.assert_array_equal, *folded)
+    small = quantize.convert(variables, {"kernel$": Affine(2)})
+    biases = [quantize.correct_biases(net.apply, variables, small, [x]) for net in (model, Net(Block))]
+    jax.tree.map(np.testing.assert_array_equal, *biases)
+
+
 LAYERS = {
     "outputs first": lambda x, w, b: x @ w.T + b,
     "weight in front": lambda x, w, b: w @ x.T + b[:, None],
