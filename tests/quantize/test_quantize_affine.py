@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxcompress.arrays import Quantized, dense
 from jaxcompress.paths import UnmatchedRuleError
-from jaxcompress.quantize import Affine, convert, fake_quantize, quantize
+from jaxcompress.quantize import Affine, KMeans, convert, fake_quantize, quantize
 
 weights = hnp.arrays(
     np.float32,
@@ -96,6 +96,18 @@ def test_constant_channels(value, symmetric):
     np.testing.assert_allclose(dense(q), 0 if abs(value) < 1e-37 else value, rtol=1e-6)
 
 
+def test_a_tree_is_rounded_at_random():
+    """Between the two nearest integers, each layer by itself; on average to the weight."""
+    w = jnp.linspace(-1, 1, 12).reshape(3, 4)
+    tree, rules = {"a": w, "b": w, "c": w}, {"a|b": Affine(3), "c": KMeans(2)}
+    seen = [convert(tree, rules, key=jax.random.key(i)) for i in range(200)]
+    assert any(not np.array_equal(s["a"].codes(), s["b"].codes()) for s in seen)
+    values = np.stack([dense(s["a"]) for s in seen])
+    step = np.asarray(seen[0]["a"].scale)
+    assert np.all(np.abs(values - w) < step) and np.all(np.abs(values.mean(0) - w) < 4 * step * 0.5 / np.sqrt(200))
+    np.testing.assert_array_equal(dense(seen[0]["c"]), dense(KMeans(2).convert(w)))
+
+
 def test_gradient_passes_straight_through():
     w = jnp.asarray([[0.3, -0.7], [0.111, 0.2]])
     upstream = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
@@ -147,6 +159,20 @@ def test_convert_chooses_by_path_and_names_what_fails():
         convert(params, {"kernel$": Affine()})
     with pytest.raises(TypeError, match="Quantized already"):
         convert(out, {"a/kernel": Affine()})
+    for rule in (4, "int8", Affine):
+        with pytest.raises(TypeError, match=r"cannot quantize 'a/bias': want a scheme"):
+            convert(params, {"a/bias": rule})
+    with pytest.raises(ValueError, match=r"'x': a single number is no weight"):
+        convert({"x": jnp.float32(2)}, {"x": Affine(axes=())})
+
+
+def test_fields_of_a_grid_are_integers():
+    assert hash(Affine(axes=[0], group=[np.int64(0), 2])) == hash(Affine(axes=(0,), group=(0, 2)))
+    for wrong in ({"axes": 0}, {"axes": None}, {"axes": ("x",)}, {"group": 3}, {"group": (0, 2.5)}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be a tuple of integers"):
+            Affine(**wrong)
+    with pytest.raises(ValueError, match="activation_bits"):
+        Affine(activation_bits=8.0)
 
 
 def test_the_grid_does_not_depend_on_jit():

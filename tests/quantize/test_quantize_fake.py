@@ -81,6 +81,30 @@ def test_integers_compute_what_training_rounded_to(bits, activation_bits, net):
     np.testing.assert_allclose(out, quantize.fake(model.apply, rules)(variables, x), rtol=1e-4, atol=1e-4)
 
 
+def _convolved(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "product", "shapes"),
+    [
+        ({"axes": (0, -1)}, jnp.matmul, ((5, 12), (12, 9))),  # scales that no product can be scaled by afterwards
+        ({"axes": (0,), "group": (-1, 4)}, jnp.matmul, ((5, 12), (12, 9))),
+        ({"axes": (), "group": (-1, 4)}, jnp.matmul, ((5, 12), (12, 9))),
+        ({"axes": (), "group": (0, 5)}, lambda x, w: x @ w.T, ((5, 9), (12, 9))),
+        ({"axes": (-1,), "group": (2, 3)}, _convolved, ((2, 4, 4, 8), (3, 3, 8, 6))),
+        ({"axes": (2,)}, _convolved, ((2, 4, 4, 8), (3, 3, 8, 6))),
+    ],
+)
+def test_inputs_are_rounded_where_the_weight_becomes_dense_too(grid, product, shapes, rng):
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    spec = quantize.Affine(4, activation_bits=3, **grid)
+    small = quantize.convert({"w": w}, {"w": spec})["w"]
+    wanted = quantize.fake(lambda p: product(x, p["w"]), {"w": spec})({"w": w})
+    np.testing.assert_allclose(compressed(product)(x, small), wanted, rtol=1e-4, atol=1e-4)
+    assert float(jnp.max(jnp.abs(wanted - product(x, dense(small))))) > 0.1
+
+
 def test_integer_products_are_exact(rng):
     """Against an oracle in int64: the codes of the input times those of the weight, and nothing rounded between."""
     x, w = jnp.asarray(rng.normal(size=(6, 300)), jnp.float32), jnp.asarray(rng.normal(size=(300, 5)), jnp.float32)
@@ -302,5 +326,11 @@ def test_refuses(net):
         quantize.fake(model.apply, {"Conv_0/kernels": SPEC})(variables, x)
     with pytest.raises(TypeError, match="compressed already"):
         quantize.fake(model.apply, RULES)(quantize.convert(variables, RULES), x)
+    with pytest.raises(TypeError, match=r"cannot quantize '.*kernel': want a scheme"):
+        quantize.fake(model.apply, {"kernel$": 8})(variables, x)
+    with pytest.raises(ValueError, match=r"cannot quantize '.*kernel': axis 7"):
+        quantize.fake(model.apply, {"kernel$": quantize.Affine(axes=(7,))})(variables, x)
+    with pytest.raises(TypeError, match=r"cannot quantize 'w': it is of int32"):
+        quantize.fake(lambda p: p["w"], {"w": SPEC})({"w": jnp.arange(3)})
     with pytest.raises(TypeError, match="first positional"):
         quantize.fake(model.apply, RULES)()
