@@ -333,15 +333,6 @@ def test_a_pruned_student_is_the_teacher_without_some_channels():
     assert _distilling.parameters(small) <= 0.5 * _distilling.parameters(variables)
 
 
-def test_a_few_methods(tmp_path):
-    """On logits, on maps through a projector: beside labels alone, under a title that does not claim all."""
-    some = ("soft targets (KD)", "hint (FitNet)")
-    result = distill_methods.main(dataclasses.replace(distill_methods.SHORT, out=tmp_path, methods=some))
-    rows = checked(result, tmp_path)
-    assert list(rows) == ["teacher", "labels alone", *some] and result.title.startswith("Losses under one recipe")
-    assert len({ours["accuracy"].values for ours in rows.values()}) > 2
-
-
 @pytest.mark.slow
 def test_every_method(tmp_path):
     result = distill_methods.main(dataclasses.replace(distill_methods.SHORT, out=tmp_path))
