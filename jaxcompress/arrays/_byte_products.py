@@ -48,8 +48,8 @@ def moved(values: Array) -> Array:
     return lax.bitcast_convert_type(values ^ values.dtype.type(-128 if values.dtype == jnp.int8 else 128), other)
 
 
-def integer_sums(codes: Int8[Array, "rows n"], values: Array, along: int) -> Int32[Array, "rows columns"]:
-    """The products of rows of codes with a matrix of weights, on a CPU.
+def integer_sums(codes: Int8[Array, "groups rows n"], values: Array, along: int) -> list[Int32[Array, "rows columns"]]:
+    """The products of each group of rows of codes with a matrix of weights, on a CPU.
 
     Args:
       codes: of the input.
@@ -57,17 +57,24 @@ def integer_sums(codes: Int8[Array, "rows n"], values: Array, along: int) -> Int
         first axis the CPU must be one that `multiplies_bytes`.
       along: the axis of `values` that is contracted.
     """
+    groups, rows, n = codes.shape
+    flat = codes.reshape(-1, n)
+    each = [slice(i * rows, (i + 1) * rows) for i in range(groups)]
     if values.dtype == jnp.uint8:
         if not multiplies_bytes():
-            return _tile_by_tile(codes, values)
-        few = codes.shape[0] == 1  # XLA runs the product of a single column another way, slowly
-        sums = byte_dot(values, jnp.concatenate([codes, codes]) if few else codes, along=along).T[: codes.shape[0]]
-        return sums - 128 * jnp.sum(codes, axis=1, keepdims=True, dtype=jnp.int32)
+            columns = _tile_by_tile(flat, values)
+            return [columns[:, group].T for group in each]
+        # XLA runs the product of a single column another way, slowly
+        columns = byte_dot(values, jnp.concatenate([flat, flat]) if groups * rows == 1 else flat, along=along)
+        # the sums of codes as a product too, or XLA writes the codes down as int32 for them
+        moves = 128 * byte_dot(jnp.ones((2, n), jnp.uint8), flat, along=1)[0]
+        return [(columns[:, group] - moves[group]).T for group in each]
     if not multiplies_bytes():
-        return lax.dot_general(codes, values, (((1,), (along,)), ((), ())), preferred_element_type=jnp.int32)
-    ones = jnp.ones_like(codes, jnp.uint8, shape=(1, codes.shape[1]))  # their product is the sum of the weight's codes
-    sums = byte_dot(jnp.concatenate([moved(codes), ones]), values, along=along)
-    return sums[:-1] - 128 * sums[-1:]
+        sums = lax.dot_general(flat, values, (((1,), (along,)), ((), ())), preferred_element_type=jnp.int32)
+        return [sums[group] for group in each]
+    ones = jnp.ones_like(flat, jnp.uint8, shape=(1, n))  # their product is the sum of the weight's codes
+    sums = byte_dot(jnp.concatenate([moved(flat), ones]), values, along=along)
+    return [sums[group] - 128 * sums[-1:] for group in each]
 
 
 @functools.partial(jax.jit, static_argnames="along")
@@ -84,7 +91,7 @@ def _tile_by_tile(codes: Array, values: Array) -> Array:
         return lax.dot_general(moved(tile), codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
     sums = lax.map(of_tile, values.reshape(-1, rows, values.shape[1]))
-    return sums.reshape(values.shape[0], codes.shape[0]).T
+    return sums.reshape(values.shape[0], codes.shape[0])
 
 
 @byte_dot_p.def_abstract_eval

@@ -40,8 +40,8 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
 
 def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int32[Array, "*output"]:
     """The exact product of an input's codes with the weight's, of a weight that `is_laid_for_integers`."""
-    rows = _as_rows(codes, dims)
-    return _as_output(_sums(rows, w, dims), codes, w, dims)
+    (sums,) = _sums(_as_rows(codes, dims)[None], w, dims)
+    return _as_output(sums, codes, w, dims)
 
 
 def suits(x: Array, w: Quantized, dims: Dims) -> bool:
@@ -67,19 +67,16 @@ def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
     number = jnp.round(rows / largest * (127 * 256 ** (digits - 1))).astype(jnp.int32)
     number += sum(128 * 256**i for i in range(digits))  # so that each byte of it is a digit's code, 128 larger
     shifts = jnp.arange(8 * digits - 8, -1, -8)[:, None, None]
-    codes = ((number >> shifts & 255) - 128).astype(jnp.int8).reshape(-1, rows.shape[1])
-    # the barrier, or XLA makes the digits anew for each that asks
-    sums = _sums(lax.optimization_barrier(codes), w, dims).astype(jnp.float32)
+    codes = lax.optimization_barrier(((number >> shifts & 255) - 128).astype(jnp.int8))  # or XLA makes them twice
     total: Any = 0.0
-    for of_digit in jnp.split(sums, digits):
-        total = total * 256 + of_digit
+    for sums in _sums(codes, w, dims):
+        total = total * 256 + sums.astype(jnp.float32)
     return _as_output(total / (127 * 256 ** (digits - 1)) * largest, x, w, dims)
 
 
-def _sums(codes: Int8[Array, "rows n"], w: Quantized, dims: Dims) -> Int32[Array, "rows columns"]:
-    along = _along(w, dims)
+def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list[Int32[Array, "rows columns"]]:
+    along, n = _along(w, dims), codes.shape[-1]
     assert along is not None  # who calls has looked
-    n = codes.shape[1]
     return integer_sums(codes, w.values.reshape((-1, n) if along else (n, -1)), along)
 
 

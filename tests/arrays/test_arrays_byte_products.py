@@ -62,11 +62,12 @@ def test_sums_of_codes_however_stored(monkeypatch, rng, stored, rows, has_bytes)
     if not has_bytes and stored == "inputs first":
         pytest.skip("goes another way")
     monkeypatch.setattr(_byte_products, "multiplies_bytes", lambda: has_bytes)
-    codes, w = signed(rng, rows, 40), signed(rng, 40, 75 if "odd" in stored else 128)
+    codes, w = signed(rng, 2, rows, 40), signed(rng, 40, 75 if "odd" in stored else 128)
     values = w if stored == "inputs first" else w.T
     values = moved(values) if "moved" in stored else values
-    got = jax.jit(lambda codes, values: integer_sums(codes, values, int(stored != "inputs first")))(codes, values)
-    np.testing.assert_array_equal(got, exactly(codes) @ exactly(w))
+    run = jax.jit(lambda codes, values: integer_sums(codes, values, int(stored != "inputs first")))
+    for of in (codes, codes[:1]):
+        np.testing.assert_array_equal(run(of, values), exactly(of) @ exactly(w))
 
 
 def test_moved_there_and_back():
