@@ -1,8 +1,8 @@
 """Products of a few rows of floats with int8 codes on a CPU, as products of integers.
 
-A row of input is a step times `d0 + d1 / 254 + d2 / 254^2`, with digits from -127 to 127: as near to it as float32 is
-to its largest value. The digits' products with the codes are exact sums of integers, which a CPU adds up four at a
-time and without decoding the weight, if the contracted axis is the last one stored.
+A row of input is its largest value times `(d0 + d1 / 256 + d2 / 256^2) / 127`, with digits of a byte each: as near to
+it as float32 is to its largest value. The digits' products with the codes are exact sums of integers, which a
+CPU adds up faster than floats, and without decoding the weight.
 """
 
 import math
@@ -12,30 +12,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, Int32
 
+from jaxcompress.arrays._byte_products import DEEP, integer_sums, multiplies_bytes
 from jaxcompress.arrays._products import Dims, is_float
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import WORTH
 
-FEW = 32  # rows; with more of them three products of integers take longer than decoding and one of floats
+FEW = 128  # rows; with more of them three products of integers take longer than decoding and one of floats
 LITTLE, FEWER = 1 << 12, 4  # weights of that many on, less than are worth tiles, pay for so many rows
-DEEP = (1 << 31) // (127 * 128)  # contracted weights whose products int32 can add up
-BASE = 254
 
 
-def is_laid_for_integers(w: Quantized, dims: Dims) -> bool:
-    """Whether the weight is a matrix of int8 codes, and the axis that is contracted the last one stored."""
-    plain = w.values.dtype == jnp.int8 and w.of_integers and w.length is None and w.zero_point is None
-    return plain and w.ndim == 2 and dims.w_contract == (int(not w.turned),) and w.values.shape[-1] <= DEEP
+def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
+    """Whether `integer_codes` can multiply the two, and fast: a matrix of 8-bit integers, on a single device.
+
+    Weights of more axes are matrices too, if the contracted ones are the first of them or the last.
+    """
+    plain = w.of_integers and w.values.dtype.itemsize == 1 and w.length is None and w.zero_point is None
+    if not plain or not dims.w_contract or dims.w_batch or (w.turned and w.ndim > 2) or jax.device_count() > 1:
+        return False
+    along = _along(w, dims)
+    if along is None or math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP:
+        return False
+    # codes stored with the contracted axis first are laid out anew for each product, for which one row does not pay
+    return along == 1 or (multiplies_bytes() and _rows(x, dims) != 1)
+
+
+def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int32[Array, "*output"]:
+    """The exact product of an input's codes with the weight's, of a weight that `is_laid_for_integers`."""
+    rows = _as_rows(codes, dims)
+    return _as_output(_sums(rows, w, dims), codes, w, dims)
 
 
 def suits(x: Array, w: Quantized, dims: Dims) -> bool:
     """Whether `by_digits` can, and is faster."""
-    rows = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
-    most = FEW if w.size >= WORTH else FEWER if w.size >= LITTLE else 0
+    rows = _rows(x, dims)
+    most = FEW if w.size >= WORTH else FEWER if w.size >= LITTLE and _along(w, dims) == 1 else 0
     known = isinstance(rows, int) and 0 < rows <= most  # under jax.export it may be a symbol
-    return known and jax.device_count() == 1 and is_float(x) and is_laid_for_integers(w, dims)
+    return known and is_float(x) and x.dtype.itemsize <= 4 and is_laid_for_integers(x, w, dims)
 
 
 def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
@@ -46,17 +60,47 @@ def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quant
     return lax.platform_dependent(cpu=lambda: multiply(x, w), default=lambda: otherwise(x, w))
 
 
-def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*outer columns"]:
-    outer = [x.shape[axis] for axis in dims.x_free(x.ndim)]
-    rows = jnp.moveaxis(x, dims.x_contract[0], -1).reshape(-1, w.values.shape[-1]).astype(jnp.float32)
-    step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True) / 127, 1e-36)
-    digits, rest = [], rows / step
-    for _ in range(3 if x.dtype == jnp.float32 else 2):  # of half precision two hold all there is
-        digits.append(jnp.round(rest))
-        rest = (rest - digits[-1]) * BASE
-    codes = jnp.concatenate(digits).astype(jnp.int8)
-    sums = lax.dot_general(codes, w.values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
+    rows = _as_rows(x, dims).astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-36)
+    digits = 3 if x.dtype == jnp.float32 else 2  # of half precision two hold all there is
+    number = jnp.round(rows / largest * (127 * 256 ** (digits - 1))).astype(jnp.int32)
+    number += sum(128 * 256**i for i in range(digits))  # so that each byte of it is a digit's code, 128 larger
+    shifts = jnp.arange(8 * digits - 8, -1, -8)[:, None, None]
+    codes = ((number >> shifts & 255) - 128).astype(jnp.int8).reshape(-1, rows.shape[1])
+    # the barrier, or XLA makes the digits anew for each that asks
+    sums = _sums(lax.optimization_barrier(codes), w, dims).astype(jnp.float32)
     total: Any = 0.0
-    for of_digit in reversed(jnp.split(sums.astype(jnp.float32), len(digits))):
-        total = total / BASE + of_digit
-    return (total * step).reshape(*outer, -1)
+    for of_digit in jnp.split(sums, digits):
+        total = total * 256 + of_digit
+    return _as_output(total / (127 * 256 ** (digits - 1)) * largest, x, w, dims)
+
+
+def _sums(codes: Int8[Array, "rows n"], w: Quantized, dims: Dims) -> Int32[Array, "rows columns"]:
+    along = _along(w, dims)
+    assert along is not None  # who calls has looked
+    n = codes.shape[1]
+    return integer_sums(codes, w.values.reshape((-1, n) if along else (n, -1)), along)
+
+
+def _along(w: Quantized, dims: Dims) -> int | None:
+    """Which axis of the stored values, seen as a matrix, is contracted; `None`: they are none."""
+    contract, n = sorted(dims.w_contract), len(dims.w_contract)
+    first, last = contract == list(range(n)), contract == list(range(w.ndim - n, w.ndim))
+    return int(last) ^ int(w.turned) if first or last else None
+
+
+def _as_rows(x: Array, dims: Dims) -> Array:
+    """`[rows, n]`, the contracted axes in the weight's order."""
+    order = [axis for _, axis in sorted(zip(dims.w_contract, dims.x_contract, strict=True))]
+    moved = jnp.transpose(x, (*dims.x_free(x.ndim), *order))
+    return moved.reshape(-1, math.prod(x.shape[axis] for axis in order))
+
+
+def _as_output(product: Array, x: Array, w: Quantized, dims: Dims) -> Array:
+    outer = [x.shape[axis] for axis in dims.x_free(x.ndim)]
+    return product.reshape(*outer, *(w.shape[axis] for axis in dims.w_free(w.ndim)))
+
+
+def _rows(x: Array, dims: Dims) -> int:
+    return math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))

@@ -7,6 +7,7 @@ are added up.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxcompress.arrays._products import Dims
 FEW, MANY = 8, 64  # rows; from MANY on the pieces' sums take more memory than they save time
 QUARTER, LONG, LONGER = 4, 1 << 10, 1 << 11  # for FEW rows a piece is a fourth and not LONG, for more not LONGER
 LEAST = 1 << 7  # shorter pieces cost more than they save
+FEWER, SMALL = 4, 1 << 19  # rows and weights of a product that is quicker so than `integer_codes`
 
 
 def multiply_integers(x: Int8[Array, "..."], w: Int8[Array, "..."], dims: Dims) -> Int[Array, "..."]:
@@ -31,6 +33,13 @@ def multiply_integers(x: Int8[Array, "..."], w: Int8[Array, "..."], dims: Dims) 
     if not known or jax.device_count() > 1 or len(dims.w_contract) != 1:  # pieces of a sharded axis would be gathered
         return plain(x, w)
     return lax.platform_dependent(x, w, cpu=lambda x, w: _quick(x, w, dims, rows), default=plain)
+
+
+def beats_bytes(x: Array, w_shape: Sequence[int], dims: Dims) -> bool:
+    """Whether pieces of a weight stored so are quicker than `integer_codes`, where both can."""
+    rows = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    few = isinstance(rows, int) and rows <= FEWER and math.prod(w_shape) < SMALL
+    return few and len(dims.w_contract) == 1 and dims.w_contract[0] < len(w_shape) - 1
 
 
 def _quick(x: Array, w: Array, dims: Dims, rows: int) -> Array:

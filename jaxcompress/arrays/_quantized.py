@@ -13,6 +13,7 @@ from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int8, UInt8
 
 from jaxcompress.arrays._bits import pack_signed, signed_parts, unpack_signed
+from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
 
 
@@ -53,7 +54,8 @@ class Quantized(Leaf):
     """What the codes stand for, `2 ** bits` numbers, the code's lowest bits their index; `None`: they are numbers."""
 
     turned: bool = eqx.field(static=True, default=False)
-    """Whether the (int8) values are stored with their last two axes exchanged; see `outputs_first`."""
+    """Whether the values are stored with their last two axes exchanged, as bytes that stand for 128 less than they are:
+    see `outputs_first`."""
 
     @classmethod
     def from_codes(
@@ -116,24 +118,26 @@ class Quantized(Leaf):
     def codes(self) -> Int8[Array, "*shape"]:
         """The values as they were quantized, unpacked."""
         if self.turned:
-            return jnp.swapaxes(self.values, -1, -2)
+            return jnp.swapaxes(moved(self.values), -1, -2)
         return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
 
     def outputs_first(self) -> "Quantized":
-        """The same weight with its codes stored `[..., outputs, inputs]`, its last two axes exchanged.
+        """The same weight with its codes stored `[..., outputs, inputs]` and 128 larger, as unsigned bytes.
 
-        A CPU multiplies a few rows of input by whole columns of integers; stored so, each is read from one place. The
-        shape and every number stay.
+        So a CPU that multiplies unsigned bytes by signed ones reads each output's codes from one place, as they are.
+        The shape and every number stay.
 
         Raises:
           ValueError: values that aren't int8, or packed; fewer than two axes.
         """
-        if self.values.dtype != jnp.int8 or self.length is not None or self.ndim < 2:
+        if not self.of_integers or self.length is not None or self.ndim < 2:
             raise ValueError(
                 f"codes of 8 bits with at least two axes can be stored outputs first, got {self.bits} bits "
                 f"{list(self.shape)} as {self.values.dtype}"
             )
-        return self if self.turned else dataclasses.replace(self, values=jnp.swapaxes(self.values, -1, -2), turned=True)
+        if self.turned:
+            return self
+        return dataclasses.replace(self, values=moved(jnp.swapaxes(self.values, -1, -2)), turned=True)
 
     def numbers(self, codes: Array, dtype: Any) -> Array:
         """What codes stand for, before the zero point and the scale."""

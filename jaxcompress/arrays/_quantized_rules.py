@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._digits import by_digits, is_laid_for_integers, suits
+from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
 from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
-from jaxcompress.arrays._integers import multiply_integers
+from jaxcompress.arrays._integers import beats_bytes, multiply_integers
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._products import (
     Dims,
@@ -118,9 +118,12 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     """The product of integers, scaled by the inputs' steps."""
 
     def integers(codes: Array) -> Array:
-        if is_laid_for_integers(w, dims):
-            stored = dims._replace(w_contract=(1,))
-            return _not_alone(lambda x, w: _dot_integers(x, w.values, stored, params), codes, w, dims, "cpu")
+        whole = functools.partial(_dot_columns, lambda x, w, *_: _dot_integers(x, w.codes(), dims, params))
+        in_pieces = not w.turned and beats_bytes(codes, w.shape, dims)
+        if not in_pieces and is_laid_for_integers(codes, w, dims):
+            return lax.platform_dependent(
+                cpu=lambda: integer_codes(codes, w, dims), default=lambda: whole(codes, w, dims, params)
+            )
         if w.length is None and params.get("out_sharding") is None:
             return multiply_integers(codes, w.codes(), dims)
         # packed codes are unpacked into floats in tiles, which add up 1,024 products of two int8 as exactly as integers
@@ -129,9 +132,7 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             codes.astype(jnp.float32),
             w,
             dims,
-            whole=lambda: _dot_columns(
-                lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params
-            ),
+            whole=lambda: whole(codes, w, dims, params),
             rows=8,
             depth=1 << 10,
             decode=_centred,

@@ -138,7 +138,7 @@ def _convert(w: Quantized, **params: Any) -> Any:
 @register(primitives.sharding_constraint_p)
 def _sharding_constraint(w: Quantized, **params: Any) -> Quantized:
     if w.turned:
-        values = jnp.swapaxes(constrain_like(w.codes(), w.shape, params), -1, -2)
+        values = jnp.swapaxes(constrain_like(jnp.swapaxes(w.values, -1, -2), w.shape, params), -1, -2)
     else:
         values = constrain_like(w.values, w.shape, params)
     scale = constrain_like(w.scale, w.shape, params)

@@ -49,10 +49,11 @@ def outputs_first(params: Any, rules: Rules[bool]) -> Any:
         small = quantize.convert(params, {"kernel$": quantize.Affine(bits=8)})
         small = quantize.outputs_first(small, {"Dense_.*/kernel$": True})
 
-    Each number stays, and so does the shape `[inputs, outputs]`. Up to 32 rows of floats are then multiplied as exact
-    products of integers, as near to the true product as one in float32 (`python -m benchmarks quantize.outputs_first`
-    has the times); inputs of 8 bits gain at any number of rows. On other platforms nothing changes. For matrices
-    (stacked by `nn.scan` or not) that meet inputs; not for tables that are looked up, nor for convolutions.
+    Each number stays, and so does the shape `[inputs, outputs]`. Where the CPU has AVX-512 VNNI or AMX, up to 128 rows
+    of floats are then multiplied as exact products of integers, as near to the true product as one in float32 (`python
+    -m benchmarks quantize.outputs_first` has the times, and `quantize.weight_only` those of codes that were left as
+    they are); inputs of 8 bits gain at any number of rows. On other platforms nothing changes. For matrices (stacked by
+    `nn.scan` or not) that meet inputs; not for tables that are looked up, nor for convolutions.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.

@@ -1,4 +1,4 @@
-"""int8 codes that are stored outputs first: the same weight, and products by digits of the input."""
+"""Products of int8 codes by digits of the input, and codes that are stored outputs first: the same weight."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from jax import export, lax
 
 from jaxcompress import compressed, dense, pack, quantize
-from jaxcompress.arrays import _digits
+from jaxcompress.arrays import _byte_products, _digits
+from jaxcompress.arrays._byte_products import multiplies_bytes
 from jaxcompress.quantize import Affine
 from jaxcompress.quantize import quantize as to_codes
 
@@ -23,22 +24,60 @@ def turned(rng, inputs=96, outputs=40, **spec):
 
 
 def of_integers(fn, *args) -> bool:
-    return "preferred_element_type=int32" in str(jax.make_jaxpr(fn)(*args))
+    traced = str(jax.make_jaxpr(fn)(*args))
+    return "byte_dot" in traced or "preferred_element_type=int32" in traced
+
+
+def with_bytes(monkeypatch, has: bool) -> None:
+    """As on a CPU that multiplies bytes, or on one that doesn't."""
+    if has and not multiplies_bytes():
+        pytest.skip("no such instruction here")
+    monkeypatch.setattr(_digits, "multiplies_bytes", lambda: has)
+    monkeypatch.setattr(_byte_products, "multiplies_bytes", lambda: has)
+
+
+LAID = {
+    "outputs first": ("...i,io->...o", (96, 40), True),
+    "as it is": ("...i,io->...o", (96, 40), False),
+    "tied, backwards": ("...i,oi->...o", (40, 96), False),
+    "to heads": ("...i,ihd->...hd", (96, 5, 8), False),
+    "from heads": ("...hd,hdo->...o", (12, 8, 40), False),
+}
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("rows", [(1,), (3, 2), (32,)])
-def test_products_are_as_near_as_those_of_floats(rng, rows):
-    w = turned(rng)
-    x = rng.normal(size=(*rows, 96)) * np.exp(rng.normal(size=(*rows, 96)))
-    wanted = np.asarray(x, np.float32).astype(np.float64) @ np.asarray(dense(w), np.float64)
-    reach = np.abs(x).max(-1, keepdims=True) * np.abs(np.asarray(dense(w))).sum(0)
+@pytest.mark.parametrize("has_bytes", [True, False])
+@pytest.mark.parametrize("rows", [(2,), (3, 2), (128,)])
+@pytest.mark.parametrize("laid", LAID)
+def test_products_are_as_near_as_those_of_floats(monkeypatch, rng, laid, rows, has_bytes):
+    with_bytes(monkeypatch, has_bytes)
+    how, shape, outputs_first = LAID[laid]
+    w = to_codes(jnp.asarray(rng.normal(size=shape), jnp.float32), Affine(axes=()))
+    w = w.outputs_first() if outputs_first else w
+    x = rng.normal(size=(*rows, *((12, 8) if laid == "from heads" else (96,))))
+    x *= np.exp(rng.normal(size=x.shape))
+    product = compressed(lambda x, w: jnp.einsum(how, x, w.astype(x.dtype)))
+    by_digits = has_bytes or laid in ("outputs first", "tied, backwards")
     for dtype, bound in ((jnp.float32, 2.0**-23), (jnp.bfloat16, 2.0**-7)):
         number = jnp.asarray(x, dtype)
-        product = compressed(lambda x, w: x @ w.astype(x.dtype))
+        whole = np.asarray(dense(w), np.float64)
+        wanted = np.einsum(how, np.asarray(number, np.float64), whole)
+        largest = np.full_like(x, 1) * np.abs(x).reshape(*rows, -1).max(-1).reshape(*rows, *[1] * (x.ndim - len(rows)))
+        reach = np.einsum(how, largest, np.abs(whole))
         got = jax.jit(product)(number, w)
-        assert got.dtype == dtype and of_integers(product, number, w)
+        assert got.dtype == dtype and of_integers(product, number, w) == by_digits
         assert (np.abs(np.asarray(got, np.float64) - wanted) <= bound * reach).all()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_float64_is_not_cut_to_digits(rng):
+    w = turned(rng)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(4, 96)), jnp.float64)
+        product = compressed(lambda x, w: x @ w.astype(x.dtype))
+        assert not of_integers(product, x, w)
+        whole = w.codes().astype(np.float64) * np.asarray(w.scale, np.float64)
+        np.testing.assert_allclose(jax.jit(product)(x, w), np.asarray(x) @ whole, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -73,13 +112,16 @@ def test_rows_of_any_size_are_their_own_affair(rng):
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("spec", [{"bits": 8}, {"bits": 6, "symmetric": False}, {"group": (0, 32)}])
 def test_what_is_not_so_laid_goes_the_other_ways(rng, spec):
-    w, x = turned(rng, **spec), jnp.asarray(rng.normal(size=(64, 96)), jnp.float32)  # many rows
+    w, x = turned(rng, **spec), jnp.asarray(rng.normal(size=(129, 96)), jnp.float32)  # many rows
     assert not of_integers(compressed(jnp.matmul), x, w)
     np.testing.assert_allclose(jax.jit(compressed(jnp.matmul))(x, w), x @ dense(w), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("has_bytes", [True, False])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_integers_are_the_same_to_the_bit(rng, rows):
+def test_integers_are_the_same_to_the_bit(monkeypatch, rng, rows, has_bytes):
+    with_bytes(monkeypatch, has_bytes)
     w, x = turned(rng, activation_bits=8), jnp.asarray(rng.normal(size=(rows, 96)), jnp.float32)
     plain = to_codes(dense(w), Affine(activation_bits=8))
     assert (plain.codes() == w.codes()).all()
@@ -91,6 +133,7 @@ def test_it_is_the_same_weight_wherever_it_goes(rng, tmp_path):
     w = turned(rng, 12, 8)
     whole = np.asarray(dense(w))
     assert (w.shape, w.values.shape, w.outputs_first()) == ((12, 8), (8, 12), w)
+    np.testing.assert_array_equal(w.codes(), np.asarray(w.values, np.int32).T - 128)
 
     def ways(w, i):
         return w.T, w.reshape(3, 4, 8), w[i], w * 2, w.astype(jnp.bfloat16), jnp.ones((1, 9, 12)) @ w

@@ -9,7 +9,7 @@ import pytest
 from jax import export, lax
 
 from jaxcompress import compressed
-from jaxcompress.arrays import Quantized, _lanes, _tiles
+from jaxcompress.arrays import Quantized, _digits, _lanes, _tiles
 from jaxcompress.quantize import Affine, Floats, quantize
 
 
@@ -17,6 +17,7 @@ from jaxcompress.quantize import Affine, Floats, quantize
 def small_tiles(monkeypatch) -> None:
     """One device, as far as the rules know, and tiles that weights of tests are larger than."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(_digits, "multiplies_bytes", lambda: False)
     monkeypatch.setattr(_tiles, "TILE", 256)
     monkeypatch.setattr(_tiles, "WIDTH", 16)
     monkeypatch.setattr(_tiles, "WORTH", 1024)

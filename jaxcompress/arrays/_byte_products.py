@@ -1,0 +1,126 @@
+"""Exact products of 8-bit integers on a CPU, by the instruction that multiplies unsigned bytes by signed ones.
+
+x86 adds up 64 products of an unsigned byte with a signed one at a time (AVX-512 VNNI; AMX still more), and XLA:CPU has
+kernels for it, but `lax.dot_general` widens operands of two dtypes before XLA sees them. So there is a primitive here
+whose StableHLO is that same product, left as it is. Of two signed operands one is moved up by 128, and what that adds
+is taken off again: 128 times the sum of the other's codes.
+"""
+
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import batching, mlir
+from jaxtyping import Array, Int8, Int32, UInt8
+
+DEEP = (1 << 31) // (255 * 128)  # contracted weights whose products int32 can add up
+TILE = 64  # rows of a weight that are made signed at a time
+
+byte_dot_p = Primitive("byte_dot")
+
+
+@functools.cache
+def multiplies_bytes() -> bool:
+    """Whether this machine's CPU has the instruction, and this XLA the kernel; without, it takes 30 times as long."""
+    try:
+        told = pathlib.Path("/proc/cpuinfo").read_text()
+        if not {"avx512_vnni", "amx_int8"} & set(told.split()):
+            return False
+        u, s = jax.ShapeDtypeStruct((64, 256), jnp.uint8), jax.ShapeDtypeStruct((256, 64), jnp.int8)
+        with jax.default_device(jax.devices("cpu")[0]):
+            return "ynn" in (byte_dot.lower(u, s, along=0).compile().as_text() or "")
+    except (OSError, RuntimeError):  # no such file; no CPU for JAX, or an XLA that can't
+        return False
+
+
+def moved(values: Array) -> Array:
+    """int8 codes as unsigned bytes, 128 larger; or such bytes as the codes they were."""
+    other = jnp.uint8 if values.dtype == jnp.int8 else jnp.int8
+    return lax.bitcast_convert_type(values ^ values.dtype.type(-128 if values.dtype == jnp.int8 else 128), other)
+
+
+def integer_sums(codes: Int8[Array, "rows n"], values: Array, along: int) -> Int32[Array, "rows columns"]:
+    """The products of rows of codes with a matrix of weights, on a CPU.
+
+    Args:
+      codes: of the input.
+      values: of the weight; int8, or unsigned bytes that stand for 128 less. For int8 that is contracted along its
+        first axis the CPU must be one that `multiplies_bytes`.
+      along: the axis of `values` that is contracted.
+    """
+    if values.dtype == jnp.uint8:
+        if not multiplies_bytes():
+            return _tile_by_tile(codes, values)
+        few = codes.shape[0] == 1  # XLA runs the product of a single column another way, slowly
+        sums = byte_dot(values, jnp.concatenate([codes, codes]) if few else codes, along=along).T[: codes.shape[0]]
+        return sums - 128 * jnp.sum(codes, axis=1, keepdims=True, dtype=jnp.int32)
+    if not multiplies_bytes():
+        return lax.dot_general(codes, values, (((1,), (along,)), ((), ())), preferred_element_type=jnp.int32)
+    ones = jnp.ones_like(codes, jnp.uint8, shape=(1, codes.shape[1]))  # their product is the sum of the weight's codes
+    sums = byte_dot(jnp.concatenate([moved(codes), ones]), values, along=along)
+    return sums[:-1] - 128 * sums[-1:]
+
+
+@functools.partial(jax.jit, static_argnames="along")
+def byte_dot(u: UInt8[Array, "m n"], s: Array, along: int) -> Int32[Array, "m k"]:
+    """The product of unsigned bytes with int8 codes `[n, k]`, or `[k, n]` where `along` is 1; exact."""
+    # barriers, or XLA exchanges the operands for a transposition's sake, which leaves it without a kernel
+    return lax.optimization_barrier(byte_dot_p.bind(*lax.optimization_barrier((u, s)), along=along))
+
+
+def _tile_by_tile(codes: Array, values: Array) -> Array:
+    rows = math.gcd(values.shape[0], TILE)
+
+    def of_tile(tile: Array) -> Array:
+        return lax.dot_general(moved(tile), codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+    sums = lax.map(of_tile, values.reshape(-1, rows, values.shape[1]))
+    return sums.reshape(values.shape[0], codes.shape[0]).T
+
+
+@byte_dot_p.def_abstract_eval
+def _shape(u: ShapedArray, s: ShapedArray, *, along: int) -> ShapedArray:
+    if (u.dtype, s.dtype, u.ndim, s.ndim) != (jnp.uint8, jnp.int8, 2, 2) or u.shape[1] != s.shape[along]:
+        raise TypeError(f"byte_dot multiplies uint8 [m, n] by int8 [n, k] or [k, n], got {u} and {s}, along={along}")
+    return ShapedArray((u.shape[0], s.shape[1 - along]), jnp.dtype("int32"))
+
+
+def _lower(ctx: mlir.LoweringRuleContext, u: ir.Value, s: ir.Value, *, along: int) -> Sequence[ir.Value]:
+    numbers = stablehlo.DotDimensionNumbers.get(
+        lhs_batching_dimensions=[],
+        rhs_batching_dimensions=[],
+        lhs_contracting_dimensions=[1],
+        rhs_contracting_dimensions=[along],
+    )
+    (m, _), columns = u.type.shape, s.type.shape[1 - along]
+    out = ir.RankedTensorType.get([m, columns], ir.IntegerType.get_signless(32))
+    return [stablehlo.dot_general(out, u, s, numbers)]
+
+
+mlir.register_lowering(byte_dot_p, _lower)
+
+
+def _batched(args: tuple[Array, Array], axes: tuple[Any, Any], *, along: int) -> tuple[Array, int]:
+    (u, s), (of_u, of_s) = args, axes  # None: not mapped
+    if of_s is None:  # more rows
+        rows = jnp.moveaxis(u, of_u, 0)
+        out = byte_dot(rows.reshape(-1, rows.shape[-1]), s, along=along)
+        return out.reshape(*rows.shape[:2], -1), 0
+    if of_u is None:  # more columns
+        columns = jnp.moveaxis(s, of_s, 1 - along)
+        flat = columns.reshape((-1, u.shape[1]) if along else (u.shape[1], -1))
+        return byte_dot(u, flat, along=along).reshape(u.shape[0], columns.shape[1 - along], -1), 1
+    both = jnp.moveaxis(u, of_u, 0), jnp.moveaxis(s, of_s, 0)
+    return lax.map(lambda pair: byte_dot(pair[0], pair[1], along=along), both), 0
+
+
+batching.primitive_batchers[byte_dot_p] = _batched
