@@ -61,6 +61,8 @@ class Config(_distilling.Config):
     """Of the ensemble's members, and of the one model that learns from them."""
     members: int = 10
     ensemble_temperature: float = 4.0
+    labelled: int = 0
+    """If above 0, the members see so many images only, and the one model all of them, by soft targets alone."""
 
 
 SHORT = Config(
@@ -250,30 +252,39 @@ def at(temperature: float) -> str:
     return f"t{temperature:g}"
 
 
+TRANSFER_TRIED = "T and the number of labelled images: by a trial of one seed on validation data"
+
+
 def ensemble(config: Config) -> _results.Result:
     """Ten models, their mean, and one model of their size that learned from it."""
-    room, member = Room(config), Mlp((config.member_width,) * 2)
+    room, member, few = Room(config), Mlp((config.member_width,) * 2), config.labelled
     alone = room.learner(member, logits_loss(member, hard))
 
     def from_targets(logits: jax.Array, lesson: Lesson) -> jax.Array:
         soft = distill.soft_label_loss(logits, lesson.rows, lesson.knobs)
-        return (soft + distill.hard_label_loss(logits, lesson.labels)) / 2
+        return soft if few else (soft + distill.hard_label_loss(logits, lesson.labels)) / 2
 
     taught = room.learner(member, logits_loss(member, from_targets))
     figures, t = [], config.ensemble_temperature
     single, together, distilled = "one of the members", f"ensemble of {config.members}", "distilled from the ensemble"
+    from_one = "distilled from one member"
 
     def measured(seed: int) -> dict[str, float]:
         numbers = [1000 * seed + i for i in range(config.members)]
-        trained = [alone(f"member {number}", number) for number in numbers]
-        targets = distill.ensemble_targets(jnp.stack([room.logits(member, v) for v in trained]), t)
-        one = taught(f"from ensemble {seed}", 1000 * seed + 999, rows=targets, knobs=t)
+        seen = np.arange(few) if few else None
+        trained = [alone(f"member {number}", number, subset=seen) for number in numbers]
+        rows = jnp.stack([room.logits(member, v) for v in trained])
+        teachers = {distilled: rows} | ({from_one: rows[:1]} if few else {})  # what the further images do by themselves
+        students = {
+            name: taught(f"{name} {seed}", 1000 * seed + 999, rows=distill.ensemble_targets(z, t), knobs=t)
+            for name, z in teachers.items()
+        }
         images, labels = room.test_images(f"members and their ensemble, seed {seed}")
         logits = jnp.stack([room.logits(member, v, images) for v in trained])
         return {
             single: float(np.mean([accuracy(z, labels) for z in logits])),
             together: accuracy(distill.ensemble_targets(logits), labels),
-            distilled: room.test(f"{distilled}, seed {seed}", member, one),
+            **{name: room.test(f"{name}, seed {seed}", member, v) for name, v in students.items()},
         }
 
     for seed in range(config.seeds):
@@ -285,22 +296,30 @@ def ensemble(config: Config) -> _results.Result:
         print(f"ensemble, seed {seed}: done", flush=True)
     paper = {single: {"kept": 0.0}, together: {"kept": 100.0}, distilled: {"kept": 86.0}}
     rows: list[Row] = gathered(figures, paper)
+    pairs = [("accuracy", distilled, single), ("accuracy", together, distilled)]
+    pairs += [("accuracy", distilled, from_one)] if few else []
     result = room.result(
-        name=f"distill_ensemble_{config.data}",
-        title=f"Ten models in one, on {config.data}",
+        name=_distilling.named("distill_ensemble", config.data, "transfer" if few else ""),
+        title=f"Ten models in one, on {config.data}" + (", by images without labels" if few else ""),
         source="Hinton, Vinyals & Dean 2015, section 4: a speech model of the members' size keeps 86% of what ten of"
         " them"
         " together gain (frame accuracies 58.9, 61.1 and 60.8%).",
         command=command("distill_mnist", config),
-        selection="nothing was chosen",
+        selection=TRANSFER_TRIED if few else "nothing was chosen",
         columns=[Column("accuracy", "test accuracy (%)"), Column("kept", "share of the ensemble's gain (%)", 0)],
         rows=rows,
-        pairs=[("accuracy", distilled, single), ("accuracy", together, distilled)] if config.seeds > 1 else (),
+        pairs=pairs if config.seeds > 1 else (),
         notes=[
             room.setting(),
             f"Members differ in initialisation and in the order of the images: 2x{config.member_width} units, no"
-            f" regularisation. Soft targets are the mean of the members' probabilities at T = {t:g}; labels weigh half,"
-            " as in the paper. One member's accuracy is the mean of all.",
+            f" regularisation. Soft targets are the mean of the members' probabilities at T = {t:g};"
+            f" {'no labels beside them' if few else 'labels weigh half, as in the paper'}. One member's accuracy is the"
+            " mean of all.",
+            *(
+                [f"Members see the first {few:,} images only, for as many steps; the one model sees all."]
+                if few
+                else []
+            ),
         ],
     )
     return written(

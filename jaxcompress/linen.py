@@ -29,11 +29,13 @@ class FakeQuantized(nn.Module):
       inner: the module.
       rules: as in `jaxcompress.quantize.fake`, on `inner`'s paths; a tuple of pairs, for Linen hashes modules.
       ranges: of the inputs, as in `fake`: what `quantize.input_ranges` gives for `inner`.
+      fold: whether kernels are rounded as the norms behind them will be folded into them, as in `fake`.
     """
 
     inner: nn.Module
     rules: Rules[quantize.Affine | None]
     ranges: Any = None
+    fold: bool = False
 
     def __post_init__(self) -> None:
         """Makes the ranges hashable, too."""
@@ -52,7 +54,7 @@ class FakeQuantized(nn.Module):
         mutable = [name for name in self.variables if self.is_mutable_collection(name) and name != "params"]
         rngs = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
         ranges = None if self.ranges is None else dict(self.ranges)
-        apply = quantize.fake(self.inner.clone(parent=None).apply, self.rules, ranges)
+        apply = quantize.fake(self.inner.clone(parent=None).apply, self.rules, ranges, fold=self.fold)
         out, updates = apply(dict(self.variables), *args, **kwargs, rngs=rngs, mutable=mutable)
         for collection, variables in updates.items():
             for name, value in variables.items():

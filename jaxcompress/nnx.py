@@ -120,9 +120,12 @@ class FakeQuantized(nnx.Module):
         inner: nnx.Module,
         rules: Rules[quantize.Affine | None],
         ranges: Mapping[str, quantize.Range] | None = None,
+        *,
+        fold: bool = False,
     ):
-        """`rules` and `ranges` as in `quantize.fake`; these come from `input_ranges` of `functional(inner)`."""
+        """All as in `quantize.fake`; `ranges` come from `input_ranges` of `functional(inner)`."""
         self.inner = inner
+        self.fold = fold
         self.ranges: Any = nnx.static(hashable_ranges(ranges))
         pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
         self.rules: Any = nnx.static(tuple(pairs))
@@ -131,7 +134,7 @@ class FakeQuantized(nnx.Module):
         """`inner(*args, **kwargs)`, with the chosen weights and their inputs rounded."""
         apply, params, rest = functional(self.inner)
         ranges = None if self.ranges is None else dict(self.ranges)
-        out, rest = quantize.fake(apply, self.rules, ranges)(params, rest, *args, **kwargs)
+        out, rest = quantize.fake(apply, self.rules, ranges, fold=self.fold)(params, rest, *args, **kwargs)
         state = _split(self.inner)[2]
         nnx.replace_by_pure_dict(state, rest)
         nnx.update(self.inner, state)

@@ -56,8 +56,12 @@ def match(rules: Rules[T], names: Sequence[str], default: T) -> list[T]:
     Raises:
       UnmatchedRuleError: a rule matches none of the names; the message has the nearest ones.
       ValueError: a pattern is not a regular expression.
+      TypeError: rules that are no pairs.
     """
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    try:
+        pairs = [(pattern, value) for pattern, value in (rules.items() if isinstance(rules, Mapping) else rules)]
+    except (TypeError, ValueError):
+        raise TypeError(f"rules are pairs of a pattern and a value, or a mapping of such, got {rules!r}") from None
     values, hit = [default] * len(names), [False] * len(pairs)
     patterns = [_compile(pattern) for pattern, _ in pairs]
     for i, name in enumerate(names):

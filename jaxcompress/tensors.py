@@ -5,18 +5,21 @@
 
 Of a `Quantized` kernel `a/b/kernel`, `[inputs, outputs]`, the file has (`[outputs, inputs]`, as is the custom there)
 
-* with 8 bits `a.b.weight`, int8; with 4 or 2 bits `a.b.weight_packed`, int32, each word holding `32 // bits` codes plus
-  `2**(bits - 1)`, the first in the lowest bits, and `a.b.weight_shape`;
+* with 8 bits `a.b.weight`, int8, or F8_E4M3 of `Floats("float8_e4m3fn")`;
+* with 4 or 2 bits `a.b.weight_packed`, int32, each word holding `32 // bits` codes plus `2**(bits - 1)`, the first in
+  the lowest bits, and `a.b.weight_shape`;
 * `a.b.weight_scale`: `[1]` a tensor, `[outputs, 1]` a channel, `[outputs, groups]` a group of inputs;
 * `a.b.weight_zero_point`, where there is one: int8, or packed along the outputs;
 * `a.b.input_scale` and `a.b.input_zero_point` of static inputs.
 
-Other arrays are there as they are, with dots in their names. Needs the package `safetensors`.
+Other arrays are there as they are, with dots in their names. Files of other programs are read too: whose config names
+classes (`"targets": ["Linear"]`) or patterns (`"re:.*_proj"`) instead of the kernels. Needs the package `safetensors`.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,17 @@ from jaxcompress.arrays import Quantized, is_leaf
 from jaxcompress.paths import named_leaves
 
 _KEY = "quantization_config"
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+_DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"} | {
+    f"{kind}{bits}": f"{name}{bits}"
+    for kind, name, sizes in (
+        ("F", "float", (16, 32, 64)),
+        ("I", "int", (8, 16, 32, 64)),
+        ("U", "uint", (8, 16, 32, 64)),
+    )
+    for bits in sizes
+}
+"""Of the file, by their names there; numpy alone does not know all."""
 
 
 def save(path: str | os.PathLike[str], params: Any) -> dict[str, Any]:
@@ -86,18 +100,10 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not a safetensors file; no config, or one of another layout; tensors that it names are missing.
+      ValueError: not a safetensors file; no config, or one of another layout; tensors that it names are missing; a
+        kernel with scales that this library has no leaf for.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).exists():
-        raise FileNotFoundError(os.fspath(path))
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is not a safetensors file, or is damaged: {error}") from error
+    tensors, metadata = _read(path)
     if config is None:
         if _KEY not in metadata:
             raise ValueError(
@@ -107,19 +113,67 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
     if config.get("quant_method") != "compressed-tensors":
         raise ValueError(f"want quant_method 'compressed-tensors', got {config.get('quant_method')!r}")
     tree: dict[str, Any] = {}
-    for group in config["config_groups"].values():
-        for module in group["targets"]:
-            _put(tree, [*module.split("."), "kernel"], _put_together(module, group, tensors))
+    for module, group in list(_modules(config, tensors)):
+        _put(tree, [*module.split("."), "kernel"], _put_together(module, group, tensors))
     for name, array in tensors.items():
         _put(tree, name.split("."), jnp.asarray(array))
     return tree
 
 
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The file's tensors and its metadata."""
+    from safetensors import SafetensorError, deserialize
+
+    data = Path(path).read_bytes()
+    try:
+        found = deserialize(data)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} is not a safetensors file, or is damaged: {error}") from error
+    unknown = sorted({part["dtype"] for _, part in found} - set(_DTYPES))
+    if unknown:
+        raise ValueError(f"{os.fspath(path)} has tensors of {', '.join(unknown)}; read here are {', '.join(_DTYPES)}")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {
+        name: np.frombuffer(part["data"], jnp.dtype(_DTYPES[part["dtype"]])).reshape(part["shape"])
+        for name, part in found
+    }, header.get("__metadata__", {})
+
+
+def _modules(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The quantized modules of a file and their groups in the config, which names modules, patterns or classes."""
+    groups = list(config["config_groups"].values())
+    formats = {config.get("format", _FORMATS[0]), *(group.get("format") or _FORMATS[0] for group in groups)}
+    if not formats <= set(_FORMATS):
+        raise ValueError(f"read here are {', '.join(_FORMATS)}; the config has {', '.join(sorted(formats))}")
+    left = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    classes = []
+    for target, group in [(name, named) for named in groups for name in named["targets"]]:
+        if target.startswith("re:"):
+            chosen = [module for module in left if re.match(target[3:], module)]
+        elif any(name.startswith(f"{target}.") for name in tensors):
+            chosen = [target]
+        else:
+            classes.append((target, group))
+            continue
+        yield from ((module, group) for module in chosen)
+        left = [module for module in left if module not in chosen]
+    if classes and not left:
+        raise ValueError(f"the file has no tensors of {classes[0][0]!r}, which its config speaks of")
+    if left and any(group is not classes[0][1] for _, group in classes):
+        raise ValueError(
+            f"the config has groups for {[target for target, _ in classes]}: which of these {left[0]!r} is cannot be "
+            "told without the model. Hand in a config whose targets are paths"
+        )
+    yield from ((module, classes[0][1]) for module in left if classes)
+
+
 def _taken_apart(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The scheme of a kernel, as the config has it, and its tensors."""
-    if not isinstance(leaf, Quantized) or leaf.levels is not None or not jnp.issubdtype(leaf.values.dtype, jnp.integer):
+    floats = isinstance(leaf, Quantized) and leaf.values.dtype == jnp.float8_e4m3fn and leaf.group is None
+    if not isinstance(leaf, Quantized) or not (leaf.of_integers or floats):
         raise TypeError(
-            f"{name!r}: the layout has integers of 8, 4 and 2 bits; save other leaves with jaxcompress.pack"
+            f"{name!r}: the layout has integers of 8, 4 and 2 bits and float8_e4m3fn; save other leaves with "
+            "jaxcompress.pack"
         )
     grouped = leaf.group is not None and leaf.group[0] == -2
     steps = leaf.scale.shape
@@ -130,9 +184,10 @@ def _taken_apart(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, np.nda
         )
     strategy = "group" if grouped else "channel" if steps[1] > 1 else "tensor"
     packed = leaf.bits < 8
-    weights = {"num_bits": leaf.bits, "type": "int", "symmetric": leaf.zero_point is None, "dynamic": False}
+    kind = "float" if floats else "int"
+    weights = {"num_bits": leaf.bits, "type": kind, "symmetric": leaf.zero_point is None, "dynamic": False}
     weights |= {"strategy": strategy} | ({"group_size": leaf.group[1]} if leaf.group is not None else {})
-    codes = np.asarray(leaf.codes()).T
+    codes = np.asarray(leaf.values if floats else leaf.codes()).T
     parts = {"weight_scale": _laid(np.asarray(leaf.steps), strategy, steps)}
     if packed:
         parts |= {"weight_packed": _packed(codes, leaf.bits), "weight_shape": np.asarray(codes.shape, np.int64)}
@@ -150,8 +205,12 @@ def _taken_apart(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, np.nda
             parts["input_scale"] = np.asarray(leaf.input_scale).reshape(1)
         if leaf.input_zero_point is not None:
             parts["input_zero_point"] = np.asarray(leaf.input_zero_point).reshape(1).astype(np.int8)
-    kind = "pack-quantized" if packed else "int-quantized"
-    return {"format": kind, "weights": weights, "input_activations": inputs, "dtype": leaf.compute_dtype}, parts
+    return {
+        "format": "pack-quantized" if packed else f"{kind}-quantized",
+        "weights": weights,
+        "input_activations": inputs,
+        "dtype": leaf.compute_dtype,
+    }, parts
 
 
 def _laid(per_block: np.ndarray, strategy: str, steps: tuple[int, ...]) -> np.ndarray:
@@ -162,7 +221,12 @@ def _laid(per_block: np.ndarray, strategy: str, steps: tuple[int, ...]) -> np.nd
 def _put_together(module: str, group: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Quantized:
     """The kernel of a module, whose tensors are taken out."""
     weights, inputs = group["weights"], group.get("input_activations")
-    bits, size = weights["num_bits"], weights.get("group_size") if weights["strategy"] == "group" else None
+    bits, strategy, kind = weights["num_bits"], weights["strategy"], weights.get("type", "int")
+    symmetric, size = weights.get("symmetric", True), weights.get("group_size") if strategy == "group" else None
+    if strategy not in ("tensor", "channel", "group") or f"{module}.weight_g_idx" in tensors:
+        raise ValueError(f"{module!r}: read are scales per tensor, output or group of neighbours, not {weights}")
+    if kind not in ("int", "float") or (kind == "float" and (bits != 8 or inputs is not None)):
+        raise ValueError(f"{module!r}: read are integers, and weights of 8-bit floats alone, not {dict(group)}")
 
     def take(part: str) -> np.ndarray:
         try:
@@ -175,16 +239,22 @@ def _put_together(module: str, group: Mapping[str, Any], tensors: dict[str, np.n
     else:
         codes = take("weight")
     scale, zero = take("weight_scale"), None
-    if not weights["symmetric"]:
+    dtype = group.get("dtype", scale.dtype.name)
+    per_block = jnp.asarray(np.reshape(scale, (scale.shape[0] if scale.ndim else 1, -1)).T, jnp.float32)
+    if kind == "float":
+        values = jnp.asarray(codes.T)
+        return Quantized(values=values, scale=per_block, zero_point=None, bits=8, length=None, compute_dtype=dtype)
+    if not symmetric:
         zero = take("weight_zero_point")
         zero = zero if zero.dtype == np.int8 else _unpacked(zero.T, bits, scale.shape[0]).T
-    static, shifted = inputs is not None and not inputs.get("dynamic"), inputs is not None and not inputs["symmetric"]
+    static = inputs is not None and not inputs.get("dynamic")
+    shifted = inputs is not None and not inputs.get("symmetric", True)
     return Quantized.from_codes(
         jnp.asarray(codes.T),
-        jnp.asarray(np.reshape(scale, (scale.shape[0], -1)).T, jnp.float32),
-        None if zero is None else jnp.asarray(zero.reshape(scale.shape[0], -1).T),
+        per_block,
+        None if zero is None else jnp.asarray(zero.reshape(per_block.shape[::-1]).T),
         bits=bits,
-        dtype=group.get("dtype", "float32"),
+        dtype=dtype,
         group=None if size is None else (-2, size),
         activation_bits=None if inputs is None else inputs["num_bits"],
         input_scale=jnp.asarray(take("input_scale").reshape(1, 1)) if static else None,

@@ -3,9 +3,14 @@
 import gc
 import os
 from collections.abc import Iterator
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, installed to compile for a TPU, must not look for one
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling takes longer than running here
+os.environ.setdefault(  # compiling takes longer than running here; later versions of jaxlib do not know the second flag
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
+)
 
 import jax
 import numpy as np

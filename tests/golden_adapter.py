@@ -318,10 +318,8 @@ def crd(x: Inputs, params: Params) -> jax.Array:
         "teacher": {"kernel": x["wt"].T, "bias": x["bt"]},
     }
     embeddings = heads.apply(weights, (x["student"], x["teacher"]))
-    constants = [x.get("Z_v1", jnp.zeros(())), x.get("Z_v2", jnp.zeros(()))]
-    if not _is_case(params, "step2"):
-        constants = [jnp.zeros(()), jnp.zeros(())]
-    memory = distill.ContrastMemory(x["memory_v1"], x["memory_v2"], *constants)
+    constants = (x["Z_v1"], x["Z_v2"]) if _is_case(params, "step2") else (jnp.zeros(()),) * 2  # 0: not yet set
+    memory = distill.ContrastMemory(x["memory_v1"], x["memory_v2"], *map(jnp.log, constants))
     temperature = params.get("T", params.get("nce_t", 0.07))
     momentum = params.get("momentum", params.get("nce_m", 0.5))
     losses, _ = distill.contrastive_loss(

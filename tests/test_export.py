@@ -25,7 +25,7 @@ np.save(sys.argv[3], out)
 
 def model_and_weights() -> tuple[nn.Module, dict]:
     model = nn.Sequential([nn.Dense(96), nn.relu, nn.Dense(64), nn.relu, nn.Dense(10)])
-    variables = model.init(jax.random.key(0), jnp.ones((1, 64)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 64)))
     rules = {
         "layers_0/kernel": quantize.Affine(bits=4),
         "layers_2/kernel": quantize.KMeans(4),

@@ -191,7 +191,7 @@ def assert_close(one, other, tolerance=2e-5):
 
 def test_linen_under_jit_and_grad_through_remat_and_scan():
     model = Net()
-    variables = model.init(jax.random.key(1), X)
+    variables = jax.jit(model.init)(jax.random.key(1), X)
     captured = linen.capture(model, ["Block_0$", "Block_0/Dense_0$", "^ScanStep_0/0"])
 
     @jax.jit
@@ -216,7 +216,7 @@ def test_linen_under_jit_and_grad_through_remat_and_scan():
 def test_two_linen_models_in_one_process():
     """A capture changes neither its model nor another one, whichever was traced first."""
     model = Net()
-    variables = model.init(jax.random.key(1), X)
+    variables = jax.jit(model.init)(jax.random.key(1), X)
     plain = jax.jit(lambda v, x: model.apply(v, x, training=False))
     before = plain(variables, X)
     out, found = linen.capture(model, "activated")(variables, X, training=False)
@@ -324,7 +324,7 @@ def test_nnx_under_jit_and_grad_through_remat_and_scan():
 def test_features_of_a_compressed_model():
     """Captured inside `compressed`, a compressed weight is met by its rule as in the plain run."""
     model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(3)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     small = quantize.convert(variables, [("kernel$", quantize.Affine(bits=8))])
     run = compressed(linen.capture(model, "layers_0$"), strict=True)
     out, found = run(small, X)

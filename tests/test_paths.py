@@ -55,6 +55,12 @@ def test_an_unmatched_rule_on_an_empty_tree_says_so():
         paths.assign([("kernel", 1)], {})
 
 
+@pytest.mark.parametrize("rules", ["kernel", None, [("kernel",)]])
+def test_rules_that_are_no_pairs(rules):
+    with pytest.raises(TypeError, match="rules are pairs"):
+        paths.match(rules, ["kernel"], 0)
+
+
 def test_a_broken_pattern_is_named():
     with pytest.raises(ValueError, match=r"'\(kernel' is not a regular expression"):
         paths.match([("(kernel", 1)], ["kernel"], 0)

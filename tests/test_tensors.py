@@ -30,7 +30,7 @@ def tree(rng):
         ("two/kernel", Affine(2, axes=())),
         ("", None),
     ]
-    small = quantize.convert(params, rules)
+    small = jax.jit(lambda params: quantize.convert(params, rules))(params)
     ranges = {"eight/kernel": quantize.Range(np.float32(-1), np.float32(2))}
     small["eight"] = quantize.static({"eight": small["eight"]}, ranges)["eight"]
     return small
@@ -61,6 +61,64 @@ def test_the_layout_is_the_formats(tree, tmp_path):
     words = file["zero.four.weight_zero_point"]  # packed along the outputs
     assert words.shape == (2, 1) and (int(words[1, 0]) >> 8 & 15) - 8 == zero[10]
     assert file["norm.scale"].dtype == np.float16
+
+
+@pytest.mark.parametrize("axes", [(), (-1,)])
+def test_small_floats(axes, tmp_path, rng):
+    params = {"kernel": jnp.asarray(rng.normal(size=(7, 5)), jnp.bfloat16), "bias": jnp.ones(5, jnp.float8_e5m2)}
+    small = quantize.convert({"a": params}, {"kernel": quantize.Floats("float8_e4m3fn", axes=axes)})
+    config = tensors.save(tmp_path / "model.safetensors", small)
+    assert config["format"] == "float-quantized" and config["config_groups"]["group_0"]["weights"]["type"] == "float"
+    back = tensors.load(tmp_path / "model.safetensors")
+    assert jax.tree.structure(back) == jax.tree.structure(small)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(small), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32))
+
+
+@pytest.mark.parametrize("targets", [["Linear"], ["re:model[.]"]])
+def test_files_of_other_programs(targets, tmp_path, rng):
+    """As llm-compressor writes them: classes or patterns for targets, scales in bfloat16, fields left out."""
+    weight = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)
+    params = {"model": {"proj": {"kernel": weight}}, "lm_head": {"kernel": weight}}
+    small = quantize.convert(params, {"proj": Affine(4, group=(0, 16), symmetric=False)})
+    tensors.save(tmp_path / "ours", small)
+    arrays = load_file(tmp_path / "ours")
+    scale = arrays["model.proj.weight_scale"].astype(jnp.bfloat16)
+    save_file(arrays | {"model.proj.weight_scale": scale}, tmp_path / "theirs")
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16}
+    group = {"targets": targets, "weights": weights, "input_activations": None}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    back = tensors.load(tmp_path / "theirs", config)
+    leaf, ours = back["model"]["proj"]["kernel"], small["model"]["proj"]["kernel"]
+    np.testing.assert_array_equal(leaf.codes(), ours.codes())
+    np.testing.assert_array_equal(leaf.scale.T, scale.astype(np.float32))
+    assert leaf.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(back["lm_head"]["kernel"], weight)
+
+    def refused(match, **changed):
+        with pytest.raises(ValueError, match=match):
+            tensors.load(tmp_path / "theirs", config | changed)
+
+    refused("cannot be told", config_groups={"a": {**group, "targets": ["A"]}, "b": {**group, "targets": ["B"]}})
+    refused("not .*'block'", config_groups={"a": {**group, "weights": weights | {"strategy": "block"}}})
+    refused("the config has nvfp4", format="nvfp4-pack-quantized")
+    order = {"model.proj.weight_g_idx": np.zeros(32, np.int32)}
+    save_file(arrays | order, tmp_path / "theirs")
+    refused("group of neighbours")
+
+
+def test_a_config_that_names_what_is_not_there(tree, tmp_path):
+    config = tensors.save(tmp_path / "model.safetensors", tree)
+    arrays = load_file(tmp_path / "model.safetensors")
+    save_file({name: x for name, x in arrays.items() if not name.startswith("two.")}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no tensors of 'two'"):
+        tensors.load(tmp_path / "model.safetensors", config)
 
 
 def test_refuses(tree, tmp_path):

@@ -1,6 +1,7 @@
 """Activations as integers: on a grid that is found as they come, or on one that a weight brings along."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -26,6 +27,22 @@ def quantize_input(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, Arr
     return quantize_input_to(x, step, None, bits), step
 
 
+def quantize_between(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, Array, Array]:
+    """Codes on a grid from the smallest to the largest number (and zero) at each index of the `keep` axes.
+
+    Returns:
+      (codes and float32 steps as `quantize_input`; the integers that mean zero, as float32).
+    """
+    full, over = x.astype(jnp.float32), free_axes(x.ndim, keep)
+    low = jnp.minimum(jnp.min(full, axis=over, keepdims=True), 0.0)
+    high = jnp.maximum(jnp.max(full, axis=over, keepdims=True), 0.0)
+    least, most = input_limits(bits, asymmetric=True)
+    step = high / (most - least) - low / (most - least)  # apart, or a huge range overflows
+    step = jnp.where(step >= jnp.finfo(jnp.float32).tiny, step, 1.0)
+    zero = jnp.clip(jnp.round(least - low / step), least, most)
+    return quantize_input_to(x, step, zero, bits), step, zero
+
+
 def quantize_input_to(x: Array, step: Array, zero_point: Array | None, bits: int) -> Array:
     """Codes of an activation on a given grid, `[*x]`; what lies outside is clipped.
 
@@ -40,6 +57,20 @@ def quantize_input_to(x: Array, step: Array, zero_point: Array | None, bits: int
         codes += zero_point
     low, high = input_limits(bits, zero_point is not None)
     return jnp.clip(codes, low, high).astype(jnp.int8 if bits <= 8 else jnp.int16)
+
+
+def to_small_floats(x: Array, dtype: Any, keep: Sequence[int]) -> tuple[Array, Array]:
+    """An activation in an 8-bit float type, over a scale of its own at each index of the `keep` axes.
+
+    Returns:
+      (`x / scale` as `dtype`, the largest of a row being the type's largest number; float32 scales with size 1 along
+      the other axes).
+    """
+    full, largest = x.astype(jnp.float32), float(jnp.finfo(dtype).max)
+    over = tuple(axis for axis in range(x.ndim) if axis not in keep)
+    scale = jnp.max(jnp.abs(full), axis=over, keepdims=True) / largest
+    scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
+    return jnp.clip(full / scale, -largest, largest).astype(dtype), scale
 
 
 def along_input(per_layer: Array, dims: Dims, x_ndim: int) -> Array | None:

@@ -68,6 +68,13 @@ class Leaf(quax.ArrayValue):
         return {name: child for name, child in children.items() if child is not None}, static
 
 
+@dataclasses.dataclass(frozen=True)
+class Otherwise:
+    """What a rule returns that can't serve a case, where the dense value is to meet another input."""
+
+    x: Any
+
+
 def register(primitive: Primitive) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a dispatch rule, by its positional type annotations, and lets `watch` count its hits.
 
@@ -79,6 +86,8 @@ def register(primitive: Primitive) -> Callable[[Callable[..., Any]], Callable[..
         @functools.wraps(rule)
         def counted(*args: Any, **params: Any) -> Any:
             out = rule(*args, **params)
+            if isinstance(out, Otherwise):
+                return _meet_dense(primitive, [x if is_leaf(x) else out.x for x in args], params)
             if out is NotImplemented:
                 return _meet_dense(primitive, args, params)
             _record(primitive, args, "rule")

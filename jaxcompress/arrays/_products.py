@@ -11,7 +11,7 @@ from jax.extend.core import primitives
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._leaf import Leaf, register
+from jaxcompress.arrays._leaf import Leaf, Otherwise, register
 
 Product = Callable[..., Any]
 
@@ -57,10 +57,13 @@ class Dims(NamedTuple):
         return free_axes(ndim, self.w_contract, self.w_batch)
 
 
-def register_product(leaf: type[Leaf]) -> Callable[[Product], Product]:
+def register_product(
+    leaf: type[Leaf], otherwise: Callable[[Array, Any, "Dims"], Any] | None = None
+) -> Callable[[Product], Product]:
     """Registers `product(x, w, dims, params)`, the input on the left, as `leaf`'s `dot_general` rule in both orders.
 
-    `NotImplemented` from the product leaves it to the dense value.
+    `NotImplemented` from the product leaves it to the dense value, `Otherwise(x)` too, with another input. Where this
+    leaves it there itself, it asks `otherwise(x, w, dims)` which.
     """
 
     def decorate(product: Product) -> Product:
@@ -71,11 +74,13 @@ def register_product(leaf: type[Leaf]) -> Callable[[Product], Product]:
 
         @register(lax.dot_general_p)
         def _weight_input(w: leaf, x: ArrayLike, **params: Any) -> Any:  # type: ignore[valid-type]
-            if params.get("out_sharding") is not None:
-                return NotImplemented
             x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
+            if params.get("out_sharding") is not None:
+                return NotImplemented if otherwise is None else otherwise(x, w, dims)
             out = product(x, w, dims, params)
-            return out if out is NotImplemented else swap_free(out, len(dims.x_batch), len(dims.x_free(x.ndim)))
+            if out is NotImplemented or isinstance(out, Otherwise):
+                return out
+            return swap_free(out, len(dims.x_batch), len(dims.x_free(x.ndim)))
 
         return product
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
 from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
 from jaxcompress.arrays._integers import beats_bytes, multiply_integers
-from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._leaf import Otherwise, register
 from jaxcompress.arrays._products import (
     Dims,
     along_contracted,
@@ -35,12 +35,17 @@ from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import is_tiled, tiled, tiled_outputs
 
 
-@register_product(Quantized)
+def _left_to_dense(x: Array, w: Quantized, dims: Dims) -> Any:
+    """What a rule returns that leaves a product to the dense weight: the input is rounded all the same."""
+    if w.activation_bits is None or not is_float(x):
+        return NotImplemented
+    return Otherwise(_rounded_input(x, w, dims))
+
+
+@register_product(Quantized, _left_to_dense)
 def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left, where the scale can be taken out of it."""
     if not is_float(x):
-        return NotImplemented
-    if w.input_scale is not None and along_input(w.input_scale, dims, x.ndim) is None:
         return NotImplemented
     out_dtype = params["preferred_element_type"] or x.dtype
     varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
@@ -52,10 +57,10 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
         product = _dot_tiles(x, w, dims, params, per_input)
     elif varies == [w.group[0] + w.ndim] if w.group else False:
         if params.get("out_sharding") is not None:
-            return NotImplemented
+            return _left_to_dense(x, w, dims)
         product = _dot_scaled_groups(x, w, dims, params)
     else:
-        return NotImplemented
+        return _left_to_dense(x, w, dims)
     return product.astype(out_dtype)
 
 
@@ -150,7 +155,8 @@ def _input_codes(x: Array, w: Quantized, dims: Dims) -> tuple[Array, Array, Arra
         return *quantize_input(x, w.activation_bits, keep=(*dims.x_batch, *dims.x_free(x.ndim))), None
     step = along_input(w.input_scale, dims, x.ndim)
     zero = None if w.input_zero_point is None else along_input(w.input_zero_point, dims, x.ndim)
-    assert step is not None  # _dot has looked
+    if step is None:
+        raise ValueError(f"the inputs' steps {w.input_scale.shape} of a stacked weight meet inputs {x.shape} at once")
     return quantize_input_to(x, step, zero, w.activation_bits), step, zero
 
 
@@ -285,25 +291,25 @@ def _after_split(axis: int, split: int, inner: int) -> int:
 
 
 @register(lax.conv_general_dilated_p)
-def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Array:
+def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
     x, numbers = jnp.asarray(x), params["dimension_numbers"]
     out_axis = numbers.rhs_spec[0]
     shared = all(size == 1 for axis, size in enumerate(w.scale.shape) if axis != out_axis)
-    if not (is_float(x) and shared and w.group is None and params["batch_group_count"] == 1):
+    if not is_float(x):
         return NotImplemented
-    if w.input_scale is not None and w.input_scale.size > 1:
-        return NotImplemented
-    out_dtype = params["preferred_element_type"] or x.dtype
-    scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
-    dims = Dims((), (), (), ())  # nothing is stacked here
     if w.input_scale is None and w.activation_bits is not None:
         codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
         zero = None
     elif w.activation_bits is not None:
-        codes, step, zero = _input_codes(x, w, dims)
+        codes, step, zero = _input_codes(x, w, Dims((), (), (), ()))  # nothing is stacked here
+    fits = shared and w.group is None and params["batch_group_count"] == 1
+    if w.activation_bits is not None and not (fits and w.as_integers):
+        x = ((codes if zero is None else codes - zero) * step).astype(x.dtype)
+    if not fits:
+        return Otherwise(x)
+    out_dtype = params["preferred_element_type"] or x.dtype
+    scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
     if not w.as_integers:
-        if w.activation_bits is not None:
-            x = ((codes if zero is None else codes - zero) * step).astype(x.dtype)
         params |= {"preferred_element_type": compute_dtype(x)}
 
         def convolve(w: Quantized) -> Array:

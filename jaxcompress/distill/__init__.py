@@ -5,6 +5,7 @@ second, and no gradient flows into the teacher's. A loss on examples returns one
 `optax.losses`, and takes `where=`, the mask of the examples (or tokens) that count; average with `masked_mean`. A
 loss on the relations within a batch returns a scalar. Half-precision inputs are computed in float32. Images are NHWC.
 Values and gradients are finite on every finite input: zeros, duplicates, a batch of one, logits up to 1e30.
+A label that is no class, and that `where` does not leave out, gives NaN instead of another class's loss.
 
     losses = distill.distillation_loss(student(x), teacher(x), labels, alpha=0.9, temperature=4.0)
     loss = losses.mean()

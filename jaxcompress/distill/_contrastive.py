@@ -55,12 +55,12 @@ def contrastive_heads(student_features: int, teacher_features: int, dimensions: 
 
 
 class ContrastMemory(NamedTuple):
-    """CRD's state: every example's last embeddings, and the two constants that normalise the scores."""
+    """CRD's state: every example's last embeddings, and the logarithms of the constants that normalise the scores."""
 
     student: jax.Array  # [examples, dimensions], float32, unit rows once visited
     teacher: jax.Array  # [examples, dimensions]
-    student_constant: jax.Array  # scalar, 0 until the first call sets it
-    teacher_constant: jax.Array  # scalar
+    student_log_constant: jax.Array  # scalar, -inf until the first call sets it
+    teacher_log_constant: jax.Array  # scalar
 
 
 def contrast_memory(key: jax.Array, examples: int, dimensions: int = 128) -> ContrastMemory:
@@ -69,21 +69,22 @@ def contrast_memory(key: jax.Array, examples: int, dimensions: int = 128) -> Con
     student, teacher = (
         jax.random.uniform(k, (examples, dimensions), minval=-bound, maxval=bound) for k in jax.random.split(key)
     )
-    return ContrastMemory(student, teacher, jnp.zeros(()), jnp.zeros(()))
+    return ContrastMemory(student, teacher, jnp.full((), -jnp.inf), jnp.full((), -jnp.inf))
 
 
 def contrast_loss(scores: ArrayLike, examples: int, *, epsilon: float = 1e-7) -> jax.Array:
     """Noise-contrastive loss: was this pair drawn together (the first column) or apart (the others)?
 
-        With `x = exp(score)` and `c = K / examples` for `K` negatives: `-log(x_0 / (x_0 + c + epsilon)) - sum_k log(c /
-        (x_k + c + epsilon))`, Tian, Krishnan and Isola, "Contrastive representation distillation", 2020.
-    Args:
-          scores: `[batch, 1 + K]`, logarithms of unnormalised ratios, the positive pair first.
-          examples: in the training set, from which negatives are drawn.
-          epsilon: above 0.
+    With `x = exp(score)` and `c = K / examples` for `K` negatives: `-log(x_0 / (x_0 + c + epsilon)) - sum_k log(c /
+    (x_k + c + epsilon))`, Tian, Krishnan and Isola, "Contrastive representation distillation", 2020.
 
-        Returns:
-          One value an example, `[batch]`.
+    Args:
+      scores: `[batch, 1 + K]`, logarithms of unnormalised ratios, the positive pair first.
+      examples: in the training set, from which negatives are drawn.
+      epsilon: above 0.
+
+    Returns:
+      One value an example, `[batch]`.
     """
     scores = as_float(scores, "scores")
     check_rank(scores, 2, "scores", "[batch, 1 + negatives]")
@@ -134,10 +135,10 @@ def contrastive_loss(
     indices, contrast_indices = jnp.where(mask, indices, examples), jnp.where(mask[:, None], contrast_indices, 0)
     memory = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, memory))
     student_scores, student_constant = _scores(
-        student, memory.teacher[contrast_indices], memory.student_constant, temperature, examples, mask
+        student, memory.teacher[contrast_indices], memory.student_log_constant, temperature, examples, mask
     )
     teacher_scores, teacher_constant = _scores(
-        teacher, memory.student[contrast_indices], memory.teacher_constant, temperature, examples, mask
+        teacher, memory.student[contrast_indices], memory.teacher_log_constant, temperature, examples, mask
     )
     losses = contrast_loss(student_scores, examples) + contrast_loss(teacher_scores, examples)
     after = ContrastMemory(
@@ -152,7 +153,7 @@ def contrastive_loss(
 def _scores(
     embedding: jax.Array,
     others: jax.Array,
-    constant: jax.Array,
+    log_constant: jax.Array,
     temperature: float,
     examples: int,
     mask: jax.Array,
@@ -160,9 +161,9 @@ def _scores(
     scores = jnp.einsum("bkd,bd->bk", others, embedding) / temperature
     counted = jnp.where(mask[:, None], jax.lax.stop_gradient(scores), -jnp.inf)
     share = jnp.maximum(jnp.sum(mask), 1) * scores.shape[1] / examples
-    first = jnp.exp(jax.nn.logsumexp(counted) - jnp.log(share))  # 0 where no example counts: a later call sets it
-    constant = jnp.where(constant > 0, constant, first)
-    return scores - jnp.log(jnp.where(constant > 0, constant, 1)), constant
+    first = jax.nn.logsumexp(counted) - jnp.log(share)  # -inf where no example counts: a later call sets it
+    log_constant = jnp.where(log_constant > -jnp.inf, log_constant, first)
+    return scores - jnp.where(log_constant > -jnp.inf, log_constant, 0), log_constant
 
 
 def _updated(memory: jax.Array, indices: ArrayLike, embedding: jax.Array, momentum: float) -> jax.Array:
@@ -192,9 +193,8 @@ def in_batch_contrastive_loss(
     student, teacher = as_float(student, "student"), constant(teacher, "teacher")
     check_rank(student, 2, "student", "[batch, dimensions]")
     check_same_shape(student, teacher, "embeddings")
-    if where is not None:
-        student, teacher = (jnp.where(jnp.asarray(where)[:, None], x, 0) for x in (student, teacher))
+    mask = mask_of(where, len(student))
+    student, teacher = (jnp.where(mask[:, None], x, 0) for x in (student, teacher))
     scores = unit(student) @ unit(teacher).T / temperature
-    if where is not None:
-        scores = jnp.where(jnp.asarray(where)[None, :] | jnp.eye(len(scores), dtype=bool), scores, -jnp.inf)
+    scores = jnp.where(mask | jnp.eye(len(scores), dtype=bool), scores, -jnp.inf)
     return keep(-jnp.diagonal(jax.nn.log_softmax(scores)), where)

@@ -137,5 +137,5 @@ def _boxes(
     check_same_shape(s, y, "boxes and targets")
     if where is None:
         return s, t, y
-    counts = jnp.asarray(where)[..., None]
+    counts = jnp.asarray(where, bool)[..., None]
     return jnp.where(counts, s, 0), jnp.where(counts, t, 0), jnp.where(counts, y, 0)

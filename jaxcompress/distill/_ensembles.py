@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._divergences import log_softmax
@@ -64,6 +65,9 @@ def _check_from_the_end(axis: int) -> None:
 def _shares(weights: ArrayLike | None, teachers: int) -> jax.Array:
     if weights is None:
         return jnp.full(teachers, 1 / teachers)
+    traced = any(isinstance(w, jax.core.Tracer) for w in jax.tree.leaves(weights))
+    if not traced and not (np.min(weights, initial=0) >= 0 and np.sum(weights) > 0):
+        raise ValueError(f"weights must not be negative, nor all 0, got {weights}")
     shares = constant(jnp.asarray(weights, float), "weights")
     if shares.shape != (teachers,):
         raise ValueError(f"weights must have shape ({teachers},), one a teacher, got {shares.shape}")

@@ -74,7 +74,7 @@ def fused_distillation_loss(
         raise ValueError("labels are needed unless alpha is 1 (soft targets alone)")
     count = student.shape[0]
     if where is not None:  # nothing that padding holds may reach the heads' gradient
-        student, teacher = (jnp.where(jnp.asarray(where)[:, None], x, 0) for x in (student, teacher))
+        student, teacher = (jnp.where(jnp.asarray(where, bool)[:, None], x, 0) for x in (student, teacher))
     tokens = _Tokens(
         student,
         teacher,

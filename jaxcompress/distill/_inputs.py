@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 Number = float | jax.Array
-"""A temperature or a weight: a Python number (checked), or a traced scalar or array (a schedule's)."""
+"""A temperature or a weight: a number (checked), or a traced scalar (a schedule's); a weight may be an array."""
+
+_CONCRETE = int | float | np.generic | np.ndarray  # what can be looked at without waiting for a device
 
 
 def as_float(x: ArrayLike, name: str) -> jax.Array:
@@ -34,14 +37,16 @@ def check_rank(x: jax.Array, rank: int, name: str, layout: str) -> None:
 
 
 def check_positive(value: Number, name: str) -> None:
-    """A ValueError where a concrete number is not above zero; a traced one (a schedule) passes."""
-    if isinstance(value, int | float) and not value > 0:
+    """A ValueError where this is no scalar, or a concrete one not above zero; a traced one (a schedule) passes."""
+    if jnp.ndim(value):
+        raise ValueError(f"{name} must be one number, got shape {jnp.shape(value)}; for one an example use vmap")
+    if isinstance(value, _CONCRETE) and not value > 0:
         raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def check_between(value: Number, low: float, high: float, name: str) -> None:
-    """A ValueError where a concrete number lies outside [low, high]; a traced one passes."""
-    if isinstance(value, int | float) and not low <= value <= high:
+    """A ValueError where a concrete number, or one of several, lies outside [low, high]; a traced one passes."""
+    if isinstance(value, _CONCRETE) and not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high)):
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
 
 
@@ -63,14 +68,31 @@ def logit_pair(
     return student, jax.lax.stop_gradient(teacher)
 
 
-def class_labels(labels: ArrayLike, shape: tuple[int, ...], where: ArrayLike | None = None) -> jax.Array:
-    """Integer labels of `shape`; those that `where` leaves out become 0, so that -100 may mark padding."""
+def class_labels(labels: ArrayLike, shape: tuple[int, ...], classes: int, where: ArrayLike | None = None) -> jax.Array:
+    """Integer labels of `shape`; those that `where` leaves out become 0, so that -100 may mark padding.
+
+    Any other label that is no class becomes `classes`, one too many: its loss is NaN instead of another class's.
+    """
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integer class indices, got {labels.dtype}; use argmax of one-hot labels")
     if labels.shape != shape:
         raise ValueError(f"labels must have shape {shape}, one for each row of logits, got {labels.shape}")
-    return labels if where is None else jnp.where(where, labels, 0)
+    labels = labels.astype(int)  # a byte may not hold the number of classes
+    if where is not None:
+        labels = jnp.where(_mask(where, shape), labels, 0)
+    return jnp.where((labels >= 0) & (labels < classes), labels, classes)
+
+
+def one_hot(labels: jax.Array, classes: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """`[..., classes]`, 1 at the label; a row of NaN where it is no class."""
+    is_class = (labels >= 0) & (labels < classes)
+    return jnp.where(is_class[..., None], jax.nn.one_hot(labels, classes, dtype=dtype), jnp.nan)
+
+
+def at_label(x: jax.Array, labels: jax.Array) -> jax.Array:
+    """`x` `[..., classes]` at each row's label; NaN where it is no class."""
+    return jnp.take_along_axis(x, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
 
 
 def blank(x: jax.Array, where: ArrayLike | None) -> jax.Array:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._divergences import generalized_jensen_shannon, kl_divergence
+from jaxcompress.distill._divergences import generalized_jensen_shannon, kl_divergence, log_softmax
 from jaxcompress.distill._inputs import (
     Number,
+    at_label,
     blank,
     check_between,
     check_positive,
@@ -84,24 +85,27 @@ def decoupled_loss(
     Returns:
       One value an example, `[...]`.
     """
-    log_student, log_teacher = log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
-    if log_student.shape[-1] < 2:
+    check_positive(temperature, "temperature")
+    student, teacher = logit_pair(student_logits, teacher_logits, axis, where)
+    classes = student.shape[-1]
+    if classes < 2:
         raise ValueError("decoupled_loss needs at least 2 classes: there is no other class to compare")
-    labels = class_labels(labels, log_student.shape[:-1], where)
-    target = jax.nn.one_hot(labels, log_student.shape[-1], dtype=bool)
-    pair_student, others_student = _decouple(log_student, target)
-    pair_teacher, others_teacher = _decouple(log_teacher, target)
+    labels = class_labels(labels, student.shape[:-1], classes, where)
+    pair_student, others_student = _decouple(student, labels, temperature)
+    pair_teacher, others_teacher = _decouple(teacher, labels, temperature)
     target_part = kl_divergence(pair_teacher, pair_student)
     others_part = kl_divergence(others_teacher, others_student)
     return keep(temperature**2 * (alpha * target_part + beta * others_part), where)
 
 
-def _decouple(log_p: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _decouple(z: jax.Array, labels: jax.Array, temperature: Number) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of (target, not target), and of the other classes among themselves (-inf on the target)."""
-    others = jnp.where(target, -jnp.inf, log_p)
-    log_target = jnp.sum(jnp.where(target, log_p, 0), axis=-1)
-    log_not_target = jax.nn.logsumexp(others, axis=-1)
-    return jnp.stack([log_target, log_not_target], axis=-1), others - log_not_target[..., None]
+    target = jnp.arange(z.shape[-1]) == labels[..., None]
+    log_p = log_softmax(z, temperature)
+    log_not_target = jax.nn.logsumexp(jnp.where(target, -jnp.inf, log_p), axis=-1)
+    # of the logits, not of log_p, in which a large target has rounded the others' differences away
+    others = log_softmax(jnp.where(target, -jnp.inf, z), temperature)
+    return jnp.stack([at_label(log_p, labels), log_not_target], axis=-1), others
 
 
 def standardized_soft_target_loss(

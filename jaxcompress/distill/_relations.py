@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import count_of, feature_pair, mask_of, masked_mean
+from jaxcompress.distill._inputs import as_float, check_rank, count_of, feature_pair, mask_of, masked_mean
 from jaxcompress.distill._safe import scaled, smooth_l1, unit
 
 _CHUNK_VALUES = 2**18  # of an intermediate made a few rows at a time: 1 MiB in float32
@@ -140,7 +140,7 @@ def similarity_preserving_loss(
     return jnp.sum((ours - theirs) ** 2) / count_of(where, len(ours)) ** 2
 
 
-def correlation_matrix(features: jax.Array, *, gamma: float = 0.4, order: int = 2, normalize: bool = True) -> jax.Array:
+def correlation_matrix(features: ArrayLike, *, gamma: float = 0.4, order: int = 2, normalize: bool = True) -> jax.Array:
     """A batch's correlations by the Gaussian kernel's Taylor series.
 
     `sum_{p=0..P} exp(-2 gamma) (2 gamma)^p / p! <x_i, x_j>^p`, the kernel `exp(-gamma |x_i - x_j|^2)` for rows of unit
@@ -155,7 +155,9 @@ def correlation_matrix(features: jax.Array, *, gamma: float = 0.4, order: int = 
     Returns:
       `[batch, batch]`.
     """
-    rows = unit(features) if normalize else features
+    rows = as_float(features, "features")
+    check_rank(rows, 2, "features", "[batch, features]")
+    rows = unit(rows) if normalize else rows
     similarity = rows @ rows.T
     terms = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) * similarity**p for p in range(order + 1)]
     return sum(terms, jnp.zeros_like(similarity))

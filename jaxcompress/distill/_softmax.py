@@ -8,6 +8,7 @@ from jaxcompress.distill._divergences import kl_divergence, log_softmax
 from jaxcompress.distill._inputs import (
     Number,
     as_float,
+    at_label,
     blank,
     check_between,
     check_positive,
@@ -97,7 +98,8 @@ def hard_label_loss(
 
     Args:
       student_logits: `[..., classes]`.
-      labels: `[...]`, class indices; where `where` is False anything, such as -100.
+      labels: `[...]`, class indices; where `where` is False anything, such as -100. Elsewhere a label that is no class
+        (-1 too) gives NaN.
       axis: the class axis.
       where: which examples count, as in `soft_target_loss`.
 
@@ -105,8 +107,8 @@ def hard_label_loss(
       One value an example, `[...]`.
     """
     student = logits(student_logits, "student_logits", axis, where)
-    labels = class_labels(labels, student.shape[:-1], where)
-    return keep(-jnp.take_along_axis(jax.nn.log_softmax(student), labels[..., None], axis=-1)[..., 0], where)
+    labels = class_labels(labels, student.shape[:-1], student.shape[-1], where)
+    return keep(-at_label(jax.nn.log_softmax(student), labels), where)
 
 
 def distillation_loss(

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxcompress.distill._inputs import (
     Number,
     as_float,
+    at_label,
     check_between,
     check_positive,
     check_rank,
@@ -15,6 +16,7 @@ from jaxcompress.distill._inputs import (
     constant,
     keep,
     logits,
+    one_hot,
 )
 from jaxcompress.distill._safe import unit
 from jaxcompress.distill._softmax import hard_label_loss, log_softmax_pair, soft_label_loss
@@ -30,7 +32,7 @@ def smooth_labels(
     `1 - epsilon`, as Yuan et al. (2020) write it.
 
     Args:
-      labels: `[...]`, integer class indices.
+      labels: `[...]`, integer class indices; one that is no class gives NaN.
       classes: their number, at least 2.
       epsilon: in [0, 1].
       onto_wrong_only: which of the two conventions.
@@ -41,7 +43,7 @@ def smooth_labels(
     check_between(epsilon, 0.0, 1.0, "epsilon")
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes}")
-    hard = jax.nn.one_hot(labels, classes)
+    hard = one_hot(class_labels(labels, jnp.shape(labels), classes), classes)
     if onto_wrong_only:
         return (1 - epsilon) * hard + epsilon / (classes - 1) * (1 - hard)
     return (1 - epsilon) * hard + epsilon / classes
@@ -70,7 +72,7 @@ def label_smoothing_loss(
       One value an example, `[...]`.
     """
     student = logits(student_logits, "student_logits", axis, where)
-    labels = class_labels(labels, student.shape[:-1], where)
+    labels = class_labels(labels, student.shape[:-1], student.shape[-1], where)
     target = smooth_labels(labels, student.shape[-1], epsilon, onto_wrong_only=onto_wrong_only)
     return keep(-jnp.sum(target * jax.nn.log_softmax(student), axis=-1), where)
 
@@ -137,7 +139,7 @@ def teacher_free_loss(
     student_temperature = temperature if student_temperature is None else student_temperature
     check_positive(student_temperature, "student_temperature")
     student = logits(student_logits, "student_logits", axis, where)
-    labels = class_labels(labels, student.shape[:-1], where)
+    labels = class_labels(labels, student.shape[:-1], student.shape[-1], where)
     target = virtual_teacher(labels, student.shape[-1], correct_probability, temperature)
     divergence = soft_label_loss(student, target, student_temperature, where=where) / student_temperature**2
     return (1 - alpha) * hard_label_loss(student, labels, where=where) + alpha * multiplier * divergence
@@ -158,9 +160,9 @@ def reweighting_teacher(teacher_probabilities: ArrayLike, labels: ArrayLike) -> 
       Probabilities, `[..., classes]`, for `soft_label_loss`.
     """
     p = constant(teacher_probabilities, "teacher_probabilities")
-    labels = class_labels(labels, p.shape[:-1])
-    correct = jnp.take_along_axis(p, labels[..., None], axis=-1)
-    hard = jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)
+    labels = class_labels(labels, p.shape[:-1], p.shape[-1])
+    correct = at_label(p, labels)[..., None]
+    hard = one_hot(labels, p.shape[-1], p.dtype)
     return correct * hard + (1 - correct) / max(p.shape[-1] - 1, 1) * (1 - hard)
 
 
@@ -187,15 +189,18 @@ def class_similarity_teacher(
     check_positive(sharpness, "sharpness")
     weights = constant(class_weights, "class_weights")
     check_rank(weights, 2, "class_weights", "[features, classes]")
-    labels = class_labels(labels, jnp.shape(labels))
+    classes = weights.shape[1]
+    labels = class_labels(labels, jnp.shape(labels), classes)
     directions = unit(weights, axis=0)
-    target = jax.nn.softmax(sharpness * (directions.T @ directions))[labels]
+    scores = sharpness * (directions.T @ directions)
+    hard = jnp.eye(classes, dtype=scores.dtype)
     if confidence is None:
-        return target
-    check_between(confidence, 0.0, 1.0, "confidence")
-    hard = jax.nn.one_hot(labels, weights.shape[1], dtype=target.dtype)
-    others = target * (1 - hard)
-    return confidence * hard + (1 - confidence) * others / jnp.sum(others, axis=-1, keepdims=True)
+        targets = jax.nn.softmax(scores)
+    else:
+        check_between(confidence, 0.0, 1.0, "confidence")
+        others = jax.nn.softmax(jnp.where(hard, -jnp.inf, scores))  # of the scores: the shares themselves underflow
+        targets = confidence * hard + (1 - confidence) * others
+    return jnp.take(targets, labels, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def gradient_rescaling_factor(
@@ -227,9 +232,8 @@ def gradient_rescaling_factor(
     soft = log_softmax_pair(student_logits, teacher_logits, temperature, -1, None)
     student = jax.nn.softmax(as_float(student_logits, "student_logits"))
     check_same_shape(student, soft[0], "logits")
-    labels = class_labels(labels, student.shape[:-1])
-    pick = lambda p: jnp.take_along_axis(p, labels[..., None], axis=-1)[..., 0]  # noqa: E731
+    labels = class_labels(labels, student.shape[:-1], student.shape[-1])
     hard = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
     doubt = jnp.sum(jnp.where(hard, 0, student), axis=-1)  # 1 - q without cancellation
-    soft_gradient = temperature * (pick(jnp.exp(soft[1])) - pick(jnp.exp(soft[0])))
+    soft_gradient = temperature * (at_label(jnp.exp(soft[1]), labels) - at_label(jnp.exp(soft[0]), labels))
     return (1 - alpha) + alpha * jnp.where(doubt > 0, soft_gradient / jnp.where(doubt > 0, doubt, 1), 0)

@@ -31,7 +31,7 @@ def hidden_state_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLik
     s, t = as_float(student, "student"), constant(teacher, "teacher")
     check_rank(s, 3, "student", "[batch, tokens, features]")
     check_same_shape(s, t, "hidden states")
-    return _masked_mean_square(s, t, None if where is None else jnp.asarray(where)[:, :, None])
+    return _masked_mean_square(s, t, None if where is None else jnp.asarray(where, bool)[:, :, None])
 
 
 def attention_matrix_loss(
@@ -54,7 +54,7 @@ def attention_matrix_loss(
     s, t = (jnp.where(x <= masked_below, 0, x) for x in (s, t))
     if where is None:
         return _masked_mean_square(s, t, None)
-    where = jnp.asarray(where)
+    where = jnp.asarray(where, bool)
     return _masked_mean_square(s, t, (where[:, :, None] & where[:, None, :])[:, None])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import Quantized
+
+
+def integers(name: str, values: Any) -> tuple[int, ...]:
+    """Values as a tuple (which can be hashed); raises TypeError for anything but several integers."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(f"{name} must be a tuple of integers, got {values!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +30,8 @@ class Affine:
       axes: the axes along which each index has a scale of its own; all others share. The default is per output channel
         for kernels whose last axis is the output's (Linen and NNX `Dense`, `Conv`); `()` is per tensor, `(0, -1)` per
         channel of weights stacked by `nn.scan`.
-      group: (axis, size): along this axis, `size` neighbours share a scale. The last group may be shorter.
+      group: (axis, size): along this axis, `size` neighbours share a scale. The last group may be shorter; one that is
+        longer than the axis is the whole axis.
       symmetric: zero is the middle of the grid, and there is no zero point. Otherwise the grid spans [min, max], with
         zero on it.
       activation_bits: also quantize an input that meets the weight in a product or convolution: 2 to 8 bits, or 16.
@@ -38,10 +48,13 @@ class Affine:
     def __post_init__(self) -> None:
         if self.bits not in range(2, 9) or not isinstance(self.bits, int):
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
-        if self.activation_bits not in (None, *range(2, 9), 16):
+        if self.activation_bits not in (None, *range(2, 9), 16) or isinstance(self.activation_bits, float):
             raise ValueError(f"activation_bits must be None, 2 to 8 or 16, got {self.activation_bits!r}")
-        if self.group is not None and (len(self.group) != 2 or self.group[1] < 1):
-            raise ValueError(f"group must be (axis, size) with a size of at least 1, got {self.group!r}")
+        object.__setattr__(self, "axes", integers("axes", self.axes))
+        if self.group is not None:
+            object.__setattr__(self, "group", integers("group", self.group))
+            if len(self.group) != 2 or self.group[1] < 1:
+                raise ValueError(f"group must be (axis, size) with a size of at least 1, got {self.group!r}")
 
     def convert(self, weight: Float[Array, "*shape"]) -> Quantized:
         """The weight on this grid, as `quantize` makes it."""
@@ -57,7 +70,8 @@ class Affine:
 def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine(), *, key: Array | None = None) -> Quantized:
     """The weight on `spec`'s grid, as a compressed leaf: round to nearest, ties to even.
 
-    The dense value is within half a step of the weight; a block of zeros (or of subnormals) becomes exact zeros. With a
+    The dense value is within half a step of the weight; a block of zeros becomes exact zeros, and so does one whose
+    step would be below the smallest normal float32 (for 8 bits: of weights below 1.5e-36). With a
     random `key` the rounding is stochastic: up with the probability of the fraction, so that the mean is the weight. (A
     grid with a zero point then has a step to spare, or a weight at its end might have no integer on its other side.)
 
@@ -109,6 +123,8 @@ def check_float(weight: Any) -> Array:
     weight = jnp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"quantize takes a real floating-point weight, got {weight.dtype}{list(weight.shape)}")
+    if not weight.shape:
+        raise ValueError("a single number is no weight: there is nothing that could share a scale")
     if not isinstance(weight, jax.core.Tracer):
         with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
             finite = bool(jnp.all(jnp.isfinite(weight)))

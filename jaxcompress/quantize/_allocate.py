@@ -105,6 +105,8 @@ def allocate(
     Raises:
       ValueError: not even the smallest schemes fit; no costs; losses that were not measured.
     """
+    if by not in (None, "loss", "output", "weight"):
+        raise ValueError(f'by is "loss", "output", "weight" or None, got {by!r}')
     by = by or ("output" if any(np.isnan(c.loss) for c in costs) else "loss")
     if not costs or (by == "loss" and any(np.isnan(c.loss) for c in costs)):
         raise ValueError("there are no costs" if not costs else "losses were not measured: hand layer_costs a loss")
@@ -137,5 +139,12 @@ def _decibel(signal: float, noise: float) -> float:
 
 
 def chosen_rules(chosen: Mapping[str, str], schemes: Mapping[str, Scheme]) -> list[tuple[str, Scheme]]:
-    """The rules that `convert`, `fake` or `gptq` take, of a choice by `allocate`."""
+    """The rules that `convert`, `fake` or `gptq` take, of a choice by `allocate`.
+
+    Raises:
+      ValueError: a scheme that was chosen is not among them.
+    """
+    missing = sorted(set(chosen.values()) - set(schemes))
+    if missing:
+        raise ValueError(f"the schemes {missing} were chosen, there are only {list(schemes)}")
     return [(f"^{re.escape(name)}$", schemes[scheme]) for name, scheme in chosen.items()]

@@ -18,7 +18,7 @@ def correct_biases(fn: Callable[[Any, Any], Any], params: Any, small: Any, batch
 
     Bias correction (Nagel et al. 2019, section 4.2): the mean over the batches of `y - y'` of each compressed weight,
     both from the inputs that the float model has there, is added to what the float model adds behind the weight: its
-    bias, or a batch norm's shift. These are found by tracing, as `fold` does.
+    bias, or a batch norm's shift. These are found by tracing, as `fold` does, but not inside `scan` and `cond`.
 
         small = quantize.convert(params, rules)
         small = quantize.correct_biases(model.apply, params, small, batches)

@@ -15,7 +15,7 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves
 
 _INLINE = {"jit", "pjit", "closed_call", "core_call"}
-_CUSTOM = {"custom_jvp_call"}
+_CUSTOM = {"custom_jvp_call", "remat2", "checkpoint"}
 _AFFINE = {"add", "sub", "mul", "div"}
 SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type"}
 """What gives the same numbers in another shape or dtype."""
@@ -50,11 +50,37 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class Met:
+    """A kernel and the product that it meets an input in."""
+
+    kernel: Value
+    axes: tuple[int, ...]
+    """Of the kernel, that stay."""
+    own: tuple[int, ...]
+    """The same axes of the result, in their order there."""
+    between: tuple[Operation, ...]
+    """What casts or transposes the kernel on its way."""
+    side: int
+    """Of the operands, which comes of the kernel."""
+
+    def laid(self, channels: Array) -> Array:
+        """A number a channel, `[*outputs]`, along the kernel's axes."""
+        return along(channels, self.axes, self.kernel.aval.ndim)
+
+
+def along(channels: Float[Array, "*outputs"], axes: Sequence[int], ndim: int) -> Array:
+    """A number a channel laid along these axes of an array with `ndim` axes, 1 along all others."""
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    turned = jnp.transpose(channels, order)
+    return jnp.expand_dims(turned, [axis for axis in range(ndim) if axis not in axes])
+
+
+@dataclass(frozen=True)
 class Chain:
     """The affine function, channel by channel, that follows a kernel's product: `y -> slope * y + ...`.
 
     Attributes:
-      axes: the kernel's axes that are the product's output channels.
+      axes: the kernel's axes that are the product's output channels, in the order of the product's.
       slope: `[*outputs]`, of the kernel's output channels.
       scales: parameters that the slope depends on.
       before: what is added before the slope is multiplied in, with its sign.
@@ -71,10 +97,11 @@ class Chain:
 
 
 def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, Chain]:
-    """For each kernel (by path) that is used once, as it is, in a product or convolution: what follows it.
+    """For each kernel (by path) that is used once, in a product or convolution: what follows it.
 
-    Only what is affine in the product, channel by channel, with parameters that are used nowhere else, counts; the
-    chain ends before anything else. Kernels inside `scan`, `cond` or `remat` are not found.
+    On its way there it may be cast and transposed, to either side of the product. Only what is affine in the product,
+    channel by channel, with parameters that are used nowhere else, counts; the chain ends before anything else. Kernels
+    inside `scan` and `cond` are not found.
     """
     names = [name for name, _ in named_leaves(params, is_leaf)]
     leaves = [x for _, x in named_leaves(params, is_leaf)]
@@ -82,16 +109,13 @@ def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, 
     uses, users = used(operations, outputs)
     found: dict[str, Chain] = {}
     for operation in operations:
-        place = kernel_of(operation)
-        if place is None:
-            continue
-        kernel, axes, own = place
-        if kernel.leaf is None or uses[id(kernel)] != 1:
+        met = kernel_of(operation)
+        if met is None or met.kernel.leaf is None or not used_once(met, uses):
             continue
         parts, path = _shortened(_follow(operation.results[0], uses, users), uses)
-        chain = _chain(path, operation.results[0], axes, own, parts, names, leaves)
+        chain = _chain(path, operation.results[0], met, parts, names, leaves)
         if chain is not None:
-            found[names[kernel.leaf]] = chain
+            found[names[met.kernel.leaf]] = chain
     return found
 
 
@@ -110,7 +134,8 @@ def flattened(
 ) -> tuple[list[Operation], list[Value]]:
     """The function's operations and its results; its first `n` arguments are parameters.
 
-    Inner jits are inlined; with `custom` also functions that have a derivative of their own (a rectifier).
+    Inner jits are inlined; with `custom` also what only derivatives see: functions that have one of their own (a
+    rectifier), and `remat`.
     """
     inline = _INLINE | _CUSTOM if custom else _INLINE
     closed = jax.make_jaxpr(fn)(params, batch)
@@ -142,21 +167,44 @@ def flattened(
     return operations, outputs
 
 
-def kernel_of(operation: Operation) -> tuple[Value, tuple[int, ...], tuple[int, ...]] | None:
-    """The kernel of a product, its axes that stay, and those axes of the result."""
+def kernel_of(operation: Operation) -> Met | None:
+    """The kernel of a product, traced back to before it was cast or transposed."""
     if len(operation.inputs) != 2:
         return None
     left, right = operation.inputs
     if operation.name == "conv_general_dilated" and not left.settled:
         numbers = operation.eqn.params["dimension_numbers"]
-        return right, (numbers.rhs_spec[0],), (numbers.out_spec[1],)
-    if operation.name == "dot_general" and not left.settled:
-        (_, contract), (batch, _) = operation.eqn.params["dimension_numbers"]
+        return _met(operation, 1, (numbers.rhs_spec[0],), (numbers.out_spec[1],))
+    if operation.name == "dot_general" and not (left.settled and right.settled):
+        contract, (batch, _) = operation.eqn.params["dimension_numbers"]
         if not batch:
-            free = tuple(axis for axis in range(right.aval.ndim) if axis not in contract)
-            ndim = operation.results[0].aval.ndim
-            return right, free, tuple(range(ndim - len(free), ndim))
+            side = 0 if left.settled else 1
+            free = tuple(axis for axis in range(operation.inputs[side].aval.ndim) if axis not in contract[side])
+            first = operation.results[0].aval.ndim - len(free) if side else 0
+            return _met(operation, side, free, tuple(range(first, first + len(free))))
     return None
+
+
+def _met(operation: Operation, side: int, axes: tuple[int, ...], own: tuple[int, ...]) -> Met:
+    kernel, between = operation.inputs[side], list[Operation]()
+    while kernel.operation is not None and kernel.operation.name in ("convert_element_type", "transpose"):
+        between.insert(0, kernel.operation)
+        if kernel.operation.name == "transpose":
+            axes = tuple(kernel.operation.eqn.params["permutation"][axis] for axis in axes)
+        kernel = kernel.operation.inputs[0]
+    return Met(kernel, axes, own, tuple(between), side)
+
+
+def used_once(met: Met, uses: Counter[int]) -> bool:
+    """Whether the kernel goes nowhere else, neither as it is nor cast or transposed."""
+    return all(uses[id(x)] == 1 for x in (met.kernel, *(step.results[0] for step in met.between)))
+
+
+def moved(own: Sequence[int], operation: Operation) -> tuple[int, ...]:
+    """Where axes of an operand are in the result of an operation that may transpose it."""
+    if operation.name != "transpose":
+        return tuple(own)
+    return tuple(operation.eqn.params["permutation"].index(axis) for axis in own)
 
 
 def _follow(y: Value, uses: Counter[int], users: dict[int, list[Operation]]) -> list[tuple[Operation, Value]]:
@@ -167,7 +215,7 @@ def _follow(y: Value, uses: Counter[int], users: dict[int, list[Operation]]) -> 
         others = [x for x in operation.inputs if x is not y]
         affine = operation.name in _AFFINE and len(others) == 1 and others[0].settled
         affine &= operation.name != "div" or operation.inputs[0] is y
-        if not affine and operation.name != "convert_element_type":
+        if not affine and operation.name not in ("convert_element_type", "transpose"):
             break
         y = operation.results[0]
         path.append((operation, y))
@@ -204,55 +252,70 @@ def _shortened(
 def _chain(
     path: list[tuple[Operation, Value]],
     start: Value,
-    axes: tuple[int, ...],
-    own: tuple[int, ...],
+    met: Met,
     parts: list[Value],
     names: Sequence[str],
     leaves: Sequence[Any],
 ) -> Chain | None:
-    """What the chain does, from its values and derivatives at ones; `None` if it is not channel by channel."""
-    shape = start.aval.shape
-    outputs = tuple(shape[axis] for axis in own)
-    lead = [axis for axis in range(len(shape)) if axis not in own]
+    """What the chain does, from its values and derivatives; `None` if it is not channel by channel."""
+    shape, end = start.aval.shape, met.own
+    for operation, _ in path:
+        end = moved(end, operation)
+    outputs = tuple(shape[axis] for axis in met.own)
     known = {names[x.leaf]: jnp.asarray(leaves[x.leaf]) for x in parts if x.leaf is not None}
     if any(x.size != math.prod(outputs) for x in known.values()):
         return None
 
     def run(y: Array, changed: dict[str, Array]) -> Array:
         now = {**known, **changed}
-        wide = jnp.expand_dims(y, lead) if lead else y
-        env = {id(start): jnp.broadcast_to(wide, shape).astype(start.aval.dtype)}
+        env = {id(start): jnp.broadcast_to(_exact(along(y, met.own, len(shape))), shape)}
 
         def value(x: Value) -> Any:
             if id(x) not in env:
                 if x.leaf is not None:
-                    env[id(x)] = now[names[x.leaf]]
+                    env[id(x)] = _exact(now[names[x.leaf]])
                 elif x.operation is None:
-                    env[id(x)] = x.known
+                    env[id(x)] = _exact(x.known)
+                elif x.operation.name == "convert_element_type" and _is_float(x.aval):
+                    env[id(x)] = _exact(value(x.operation.inputs[0]))
                 else:
                     env[id(x)] = rebound(x.operation.eqn, [value(y) for y in x.operation.inputs])
             return env[id(x)]
 
         out = value(path[-1][1]) if path else env[id(start)]
-        return out[tuple(slice(None) if axis in own else 0 for axis in range(len(shape)))]
+        channels = out[tuple(slice(None) if axis in end else 0 for axis in range(len(shape)))]
+        return jnp.transpose(channels, [sorted(end).index(axis) for axis in end])
 
     nothing, ones = jnp.zeros(outputs), jnp.ones(outputs)
     slope = run(ones, {}) - run(nothing, {})
+    # another number a channel, the first 0: what belongs to places and not to channels is told from it
+    probe = (jnp.arange(math.prod(outputs)) / max(1, math.prod(outputs) - 1)).reshape(outputs)
+    probe = probe if probe.size > 1 else ones
     scales, before, after = [], {}, {}
     for name, x in known.items():
-        moved = jax.jvp(lambda x, name=name: run(nothing, {name: x}), (x,), (jnp.ones_like(x),))[1]
-        steeper = jax.jvp(
-            lambda x, name=name: run(ones, {name: x}) - run(nothing, {name: x}), (x,), (jnp.ones_like(x),)
-        )[1]
+        along_x = (x,), (probe.reshape(x.shape).astype(x.dtype),)
+        shift = jax.jvp(lambda x, name=name: run(nothing, {name: x}), *along_x)[1]
+        steeper = jax.jvp(lambda x, name=name: run(ones, {name: x}) - run(nothing, {name: x}), *along_x)[1]
+        given = along_x[1][0].reshape(outputs).astype(slope.dtype)
         if bool(jnp.any(jnp.abs(steeper) > 1e-6)):
             scales.append(name)
-        elif (sign := _sign(moved, jnp.ones_like(moved))) is not None:
+        elif (sign := _sign(shift, given)) is not None:
             after[name] = sign
-        elif (sign := _sign(moved, slope)) is not None:
+        elif (sign := _sign(shift, slope * given)) is not None:
             before[name] = sign
         else:
             return None
-    return Chain(axes, slope, tuple(scales), before, after, run)
+    return Chain(met.axes, slope, tuple(scales), before, after, run)
+
+
+def _is_float(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _exact(x: Any) -> Array:
+    """A number in at least float32: what the chain does is asked without its casts."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _is_float(x) else x
 
 
 def _sign(x: Array, like: Array) -> float | None:

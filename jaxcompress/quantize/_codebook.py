@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import Codebook
-from jaxcompress.quantize._affine import check_float
+from jaxcompress.quantize._affine import check_float, integers
 from jaxcompress.quantize._kmeans import STARTS, assigned, binned, lloyd, optimal, start
 
 
@@ -38,7 +38,8 @@ class KMeans:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 2 <= self.centroids <= 256:
+        object.__setattr__(self, "axes", integers("axes", self.axes))
+        if self.centroids not in range(2, 257):
             raise ValueError(f"a codebook has 2 to 256 centroids, got {self.centroids}")
         if self.start not in STARTS or self.iterations < 0:
             raise ValueError(

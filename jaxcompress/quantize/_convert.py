@@ -1,11 +1,14 @@
 """From trained float weights to integers."""
 
+import dataclasses
 from typing import Any, Protocol
 
+import jax
 from jaxtyping import Array
 
 from jaxcompress.arrays import Leaf, Quantized, is_leaf
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
+from jaxcompress.quantize._affine import Affine, quantize
 
 
 class Scheme(Protocol):
@@ -15,10 +18,12 @@ class Scheme(Protocol):
         """The compressed leaf that stands for the weight."""
 
 
-def convert(params: Any, rules: Rules[Scheme | None]) -> Any:
+def convert(params: Any, rules: Rules[Scheme | None], *, key: Array | None = None) -> Any:
     """`params` with the leaves that `rules` choose compressed; run the result with `jaxcompress.compressed`.
 
     With the `Affine` rules that `fake` was trained under, the integers are, layer by layer, those training rounded to.
+    With a random `key` weights on `Affine` grids are rounded up or down at random, so that their mean is the weight
+    (see `quantize`); all others as without.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
@@ -26,6 +31,11 @@ def convert(params: Any, rules: Rules[Scheme | None]) -> Any:
     """
     leaves = named_leaves(params, is_leaf)
     schemes = match(rules, [name for name, _ in leaves], default=None)
+    if key is not None:
+        schemes = [
+            _Stochastic(scheme, jax.random.fold_in(key, i)) if isinstance(scheme, Affine) else scheme
+            for i, scheme in enumerate(schemes)
+        ]
     converted = [
         leaf if scheme is None else converted_leaf(name, leaf, scheme)
         for (name, leaf), scheme in zip(leaves, schemes, strict=True)
@@ -33,14 +43,37 @@ def convert(params: Any, rules: Rules[Scheme | None]) -> Any:
     return with_leaves(params, converted, is_leaf)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stochastic:
+    grid: Affine
+    key: Array
+
+    def convert(self, weight: Array) -> Leaf:
+        """Up with the probability of the fraction."""
+        return quantize(weight, self.grid, key=self.key)
+
+
 def converted_leaf(name: str, weight: Array, scheme: Scheme) -> Leaf:
     """The weight as its scheme has it; what it raises names the weight."""
     try:
+        check_scheme(scheme)
         if is_leaf(weight):
             raise TypeError(f"it is a {type(weight).__name__} already; convert float weights")
         return scheme.convert(weight)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"cannot quantize {name!r}: {error}") from error
+        raise named(error, name) from error
+
+
+def named(error: TypeError | ValueError, name: str) -> TypeError | ValueError:
+    """The error with the weight's path; of a plain class, for some of JAX's take no message."""
+    kind = ValueError if isinstance(error, ValueError) else TypeError
+    return kind(f"cannot quantize {name!r}: {error}")
+
+
+def check_scheme(scheme: Any) -> None:
+    """Raises TypeError for what does not convert."""
+    if isinstance(scheme, type) or not callable(getattr(scheme, "convert", None)):
+        raise TypeError(f"want a scheme, such as Affine(8) or KMeans(16), or None for leaving it alone; got {scheme!r}")
 
 
 def outputs_first(params: Any, rules: Rules[bool]) -> Any:

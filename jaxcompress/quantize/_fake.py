@@ -17,7 +17,7 @@ from jaxcompress.arrays._inputs import along_input, input_limits, reshaped_input
 from jaxcompress.arrays._products import ON_THE_WAY, Dims
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
-from jaxcompress.quantize._convert import Scheme
+from jaxcompress.quantize._convert import Scheme, check_scheme, named
 from jaxcompress.quantize._live import with_folded
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
 from jaxcompress.quantize._steps import fake_small_floats, to_steps
@@ -87,10 +87,20 @@ def fake(
 def _view(name: str, weight: Any, spec: Affine | Scheme | None, low_high: Range | None) -> Any:
     if spec is None:
         return weight
+    try:
+        return _rounded_view(name, weight, spec, low_high)
+    except (TypeError, ValueError) as error:
+        raise named(error, name) from error
+
+
+def _rounded_view(name: str, weight: Any, spec: Affine | Scheme, low_high: Range | None) -> Any:
+    check_scheme(spec)
     if is_leaf(weight):
         raise TypeError(
             f"a {type(weight).__name__} weight is compressed already; fake quantization takes float weights"
         )
+    if not jnp.issubdtype(jnp.result_type(weight), jnp.floating):
+        raise TypeError(f"it is of {jnp.result_type(weight)}; fake quantization takes float weights")
     if not isinstance(spec, Affine):
         rounded, inputs = _straight_through(weight, spec), getattr(spec, "inputs", None)  # those of `Floats`
         return rounded if inputs is None else FakeQuantized(rounded, inputs)

@@ -11,9 +11,9 @@ from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxcompress.arrays import Leaf, compressed, register
+from jaxcompress.arrays._inputs import to_small_floats
 from jaxcompress.arrays._products import ON_THE_WAY, Dims, along_output, register_product
 from jaxcompress.quantize._fake import FakeQuantized
-from jaxcompress.quantize._steps import to_small_floats
 
 
 class FloatProduct(Leaf):

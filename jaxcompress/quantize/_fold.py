@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves, with_leaves
-from jaxcompress.quantize._chains import Chain, chains
+from jaxcompress.quantize._chains import Chain, along, chains
 from jaxcompress.quantize._scaling import check_same
 
 
@@ -19,7 +19,7 @@ def fold(fn: Callable[[Any, Any], Any], params: Any, batch: Any, *, tolerance: f
     Batch-norm folding (Jacob et al. 2018, section 3.2), for any function: behind each kernel that is used once, in a
     product or a convolution, the trace is followed as far as it is affine with parameters alone. The factor found there
     goes into the kernel and into what is added before it; the parameter that made it becomes what makes a factor of 1.
-    The tree keeps its structure: a batch norm stays, and only shifts.
+    The tree keeps its structure: a batch norm stays, and only shifts. Layers in `scan` and `cond` stay as they are.
 
         variables = quantize.fold(lambda v, x: model.apply(v, x, train=False), variables, x)
         small = quantize.convert(variables, rules)
@@ -40,7 +40,8 @@ def fold(fn: Callable[[Any, Any], Any], params: Any, batch: Any, *, tolerance: f
     for kernel, chain in chains(fn, params, batch).items():
         found = _unscaled(chain, leaves)
         if found is not None:
-            changed |= found | {kernel: _multiplied(leaves[kernel], chain)}
+            own, factor = leaves[kernel], along(found[1], chain.axes, leaves[kernel].ndim)
+            changed |= found[0] | {kernel: (own * factor).astype(own.dtype)}
     if not changed:
         raise ValueError(
             "nothing to fold: no kernel's product is scaled, channel by channel, by parameters alone (is the function "
@@ -51,19 +52,21 @@ def fold(fn: Callable[[Any, Any], Any], params: Any, batch: Any, *, tolerance: f
     return out
 
 
-def _unscaled(chain: Chain, leaves: dict[str, Array]) -> dict[str, Array] | None:
-    """The chain's parameters for which its slope is 1; `None` if there are none, or nothing scales."""
+def _unscaled(chain: Chain, leaves: dict[str, Array]) -> tuple[dict[str, Array], Array] | None:
+    """The chain's parameters for which its slope is 1, and the factor; `None` if there are none, or nothing scales."""
     scale = _with_slope_one(chain, leaves)
     if scale is None:
         return None
+    ones = jnp.ones(chain.slope.shape)
+    factor = chain.slope / (chain.run(ones, scale) - chain.run(0 * ones, scale))  # 1 is not to be had in bfloat16
     changed = scale | {
-        name: (leaves[name] * chain.slope.reshape(leaves[name].shape)).astype(leaves[name].dtype)
-        for name in chain.before
+        name: (leaves[name] * factor.reshape(leaves[name].shape)).astype(leaves[name].dtype) for name in chain.before
     }
     probe = jnp.asarray(np.random.default_rng(0).normal(size=chain.slope.shape), jnp.float32)
-    before, after = chain.run(probe, {}), chain.run(chain.slope * probe, changed)
+    before, after = chain.run(probe, {}), chain.run(factor * probe, changed)
     size = jnp.maximum(jnp.max(jnp.abs(before)), 1e-30)
-    return changed if bool(jnp.all(jnp.abs(after - before) <= 1e-4 * size)) else None
+    rounding = max(float(jnp.finfo(x.dtype).eps) for x in changed.values())
+    return (changed, factor) if bool(jnp.all(jnp.abs(after - before) <= max(1e-4, 2 * rounding) * size)) else None
 
 
 def _with_slope_one(chain: Chain, leaves: dict[str, Array]) -> dict[str, Array] | None:
@@ -85,8 +88,3 @@ def _with_slope_one(chain: Chain, leaves: dict[str, Array]) -> dict[str, Array] 
         if bool(jnp.allclose(slope(name, wanted), 1, rtol=1e-4)):
             return {name: wanted}
     return None
-
-
-def _multiplied(kernel: Array, chain: Chain) -> Array:
-    shape = [kernel.shape[axis] if axis in chain.axes else 1 for axis in range(kernel.ndim)]
-    return (kernel * chain.slope.reshape(shape)).astype(kernel.dtype)

@@ -6,7 +6,7 @@ sums are float64: exact beyond the 2**24 at which float32 counts stop.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,10 +33,11 @@ def binned(values: Float[np.ndarray, " n"], bins: int = 4096, chunk: int = 1 << 
         return Bins(means, counts.astype(np.int64))
     low, high = float(values.min()), float(values.max())
     counts, sums = np.zeros(bins, np.int64), np.zeros(bins)
-    scale = np.float32(bins / (high - low)) if high > low else np.float32(0)
+    number: Any = np.float32 if 1e-30 < high - low < 1e38 else np.float64  # differences and scales that float32 has
+    scale = number(bins / (high - low)) if high > low else number(0)
     for start in range(0, values.size, chunk):
         part = values[start : start + chunk]
-        index = np.minimum(((part - np.float32(low)) * scale).astype(np.int32), bins - 1)
+        index = np.minimum(((part.astype(number, copy=False) - number(low)) * scale).astype(np.int32), bins - 1)
         counts += np.bincount(index, minlength=bins)
         sums += np.bincount(index, weights=part, minlength=bins)
     used = counts > 0
@@ -141,7 +142,8 @@ def assigned(
     values: Float[np.ndarray, " n"], centroids: Float[np.ndarray, " k"], chunk: int = 1 << 20
 ) -> Int[np.ndarray, " n"]:
     """The index of each value's nearest centroid (of two as near, the lower), uint8. `centroids` increase."""
-    edges = ((centroids[1:] + centroids[:-1]) / 2).astype(values.dtype)
+    exact = centroids.astype(np.float64)
+    edges = ((exact[1:] + exact[:-1]) / 2).astype(values.dtype)
     out = np.zeros(values.size, np.uint8)
     find = _by_comparison(edges) if edges.size < 32 else _by_table(edges)
     for begin in range(0, values.size, chunk):
@@ -162,12 +164,13 @@ def _by_table(edges: np.ndarray, cells: int = 1 << 16) -> Callable[[np.ndarray, 
 
     The cell is an increasing function of the value, the edges' too: so the comparison with that edge is exact.
     """
-    scale = np.float32((cells - 1) / max(float(edges[-1] - edges[0]), 1e-30))
+    span = float(edges[-1]) - float(edges[0])
+    scale = np.float32((cells - 1) / max(span, 1e-30))
 
     def cell(x: np.ndarray) -> np.ndarray:
         return np.clip((x - edges[0]) * scale, -1, cells).astype(np.int32) + 1
 
-    of_edges = cell(edges)
+    of_edges = cell(edges) if span < 1e38 else np.zeros(edges.size)
     if np.unique(of_edges).size < edges.size:
         return lambda values, out: np.copyto(out, np.searchsorted(edges, values, side="left").astype(np.uint8))
     below = np.searchsorted(of_edges, np.arange(cells + 2), side="left").astype(np.uint8)

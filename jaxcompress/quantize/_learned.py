@@ -19,6 +19,7 @@ from jaxcompress.arrays._products import ON_THE_WAY
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, _over_blocks, _spread, check_float
 from jaxcompress.quantize._codebook import Ternary
+from jaxcompress.quantize._convert import named
 from jaxcompress.quantize._fake import FakeQuantized
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
 from jaxcompress.quantize._steps import to_steps
@@ -176,7 +177,7 @@ def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: st
             return LearnedTernary.of(weight, spec)
         mean = _over_blocks(jnp.mean, jnp.abs(weight.astype(jnp.float32)), spec)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"cannot quantize {name!r}: {error}") from error
+        raise named(error, name) from error
     step = 2 * mean / jnp.sqrt(jnp.float32(spec.limits[1]))
     unsigned, input_step = False, None
     if low_high is not None:

@@ -13,7 +13,18 @@ from jaxtyping import Array
 
 from jaxcompress.arrays import compressed, is_leaf
 from jaxcompress.paths import named_leaves
-from jaxcompress.quantize._chains import SHAPES, Operation, Value, flattened, kernel_of, rebound, used
+from jaxcompress.quantize._chains import (
+    SHAPES,
+    Met,
+    Operation,
+    Value,
+    flattened,
+    kernel_of,
+    moved,
+    rebound,
+    used,
+    used_once,
+)
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,7 @@ class Site:
 
     name: str
     product: Operation
-    axes: tuple[int, ...]
-    """The kernel's axes that are the product's channels."""
+    met: Met
     path: tuple[Operation, ...]
     factors: tuple[tuple[Value, bool], ...]
     """What scales the channels, and whether it divides."""
@@ -60,8 +70,8 @@ def with_folded(
         results[:] = [tree]
         return [jnp.asarray(x) for x in outs]
 
-    operations, outputs = flattened(flat, arrays, (), 0, custom=False)
     names = [name for name, x in named_leaves(args[0]) if _is_array(x)]
+    operations, outputs = flattened(flat, arrays, (), len(names), custom=False)
     inputs = jax.tree.leaves(arrays)
     sites = {site.path[-1]: site for site in _sites(operations, outputs, names, chosen)}
     if not sites:
@@ -101,16 +111,26 @@ def _is_array(x: Any) -> bool:
 
 def _through(site: Site, value: Callable[[Value], Any], view: Callable[[str, Array], Any]) -> Any:
     """What the path gives, from the product with the kernel that was rounded as folded."""
-    x, kernel = (value(operand) for operand in site.product.inputs)
-    shape = [size if axis in site.axes else 1 for axis, size in enumerate(kernel.shape)]
-    factor = jnp.ones(shape, kernel.dtype)
+    met, kernel = site.met, value(site.met.kernel)
+    outputs = [kernel.shape[axis] for axis in met.axes]
+    factor = jnp.ones(met.laid(jnp.ones(outputs)).shape, kernel.dtype)
     for core, divides in site.factors:
-        own = value(core).reshape(shape)
+        own = met.laid(value(core).reshape(outputs))
         factor = factor / own if divides else factor * own
-    seen = view(site.name, kernel * factor)
+    seen = view(site.name, (kernel * factor).astype(kernel.dtype))
     safe = jnp.where(factor == 0, 1, factor)  # what is not heard may be anything
-    seen = replace(seen, weight=seen.weight / safe) if is_leaf(seen) else seen / safe
-    y = compressed(lambda x, w: rebound(site.product.eqn, [x, w]))(x, seen)
+
+    def unscaled(weight: Array) -> Array:
+        return (weight / safe).astype(kernel.dtype)
+
+    seen = replace(seen, weight=unscaled(seen.weight)) if is_leaf(seen) else unscaled(seen)
+
+    def product(x: Any, w: Any) -> Any:
+        for step in met.between:
+            w = rebound(step.eqn, [w])
+        return rebound(site.product.eqn, [x, w] if met.side else [w, x])
+
+    y = compressed(product)(value(site.product.inputs[1 - met.side]), seen)
     before = site.product.results[0]
     for operation in site.path:
         y = rebound(operation.eqn, [y if operand is before else value(operand) for operand in operation.inputs])
@@ -124,41 +144,55 @@ def _sites(
     uses, users = used(operations, outputs)
     ends = {id(x) for x in outputs}
     for operation in operations:
-        place = kernel_of(operation)
-        if place is None or place[0].place is None or place[0].place >= len(names) or uses[id(place[0])] != 1:
+        met = kernel_of(operation)
+        if met is None or met.kernel.leaf is None or not used_once(met, uses) or names[met.kernel.leaf] not in chosen:
             continue
-        kernel, axes, _ = place
-        name = names[place[0].place]
-        size = math.prod(kernel.aval.shape[axis] for axis in axes)
-        if name not in chosen:
-            continue
-        path = _scaled(operation.results[0], size, users, ends)
+        size = math.prod(met.kernel.aval.shape[axis] for axis in met.axes)
+        path = _scaled(operation.results[0], size, met.own, users, ends)
         if path:
             factors = tuple(
                 (_core(next(x for x in step.inputs if x is not before)), step.name == "div")
                 for step, before in zip(path, [operation.results[0], *(s.results[0] for s in path)], strict=False)
                 if step.name in ("mul", "div")
             )
-            yield Site(name, operation, axes, tuple(path), factors)
+            yield Site(names[met.kernel.leaf], operation, met, tuple(path), factors)
 
 
-def _scaled(y: Value, size: int, users: Mapping[int, list[Operation]], ends: set[int]) -> list[Operation]:
+def _scaled(
+    y: Value, size: int, own: tuple[int, ...], users: Mapping[int, list[Operation]], ends: set[int]
+) -> list[Operation]:
     """The longest way on from `y` by what adds to its channels or scales them, up to the last that scales them."""
     best: list[Operation] = []
     if id(y) in ends:
         return best
     for operation in users.get(id(y), []):
-        others = [x for x in operation.inputs if x is not y]
-        if operation.name not in ("add", "sub", "mul", "div") or len(others) != 1:
-            continue
-        if _core(others[0]).aval.size != size or (operation.name in ("sub", "div") and operation.inputs[0] is not y):
-            continue
+        if operation.name not in ("convert_element_type", "transpose"):
+            others = [x for x in operation.inputs if x is not y]
+            if operation.name not in ("add", "sub", "mul", "div") or len(others) != 1:
+                continue
+            if operation.name in ("sub", "div") and operation.inputs[0] is not y:
+                continue
+            if _core(others[0]).aval.size != size or not _varies_along(others[0], own):
+                continue
         if not all(_statistic(x, size, users, ends) for x in users[id(y)] if x is not operation):
             continue
-        path = [operation, *_scaled(operation.results[0], size, users, ends)]
-        if (len(path) > 1 or operation.name in ("mul", "div")) and len(path) > len(best):
+        rest = _scaled(operation.results[0], size, moved(own, operation), users, ends)
+        path = [operation, *rest]
+        if (rest or operation.name in ("mul", "div")) and len(path) > len(best):
             best = path
     return best
+
+
+def _varies_along(x: Value, own: tuple[int, ...]) -> bool:
+    """Whether a value is the same along all axes but these."""
+    while x.operation is not None and x.operation.name == "convert_element_type":
+        x = x.operation.inputs[0]
+    axes = [axis for axis, size in enumerate(x.aval.shape) if size > 1]
+    if x.operation is not None and x.operation.name == "broadcast_in_dim":
+        sizes = x.operation.inputs[0].aval.shape
+        placed = x.operation.eqn.params["broadcast_dimensions"]
+        axes = [axis for axis, size in zip(placed, sizes, strict=True) if size > 1]
+    return set(axes) <= set(own)
 
 
 def _core(x: Value) -> Value:

@@ -32,7 +32,7 @@ def pairs(
     trace is followed to the weights of the next products. Whether a positive scale really passes everything on the way
     (rectifiers, pooling, attention's weighted sums and gates do; gelu, softmax and sums with other branches do not) is
     no matter of names: it is tried, with random weights and scales, and a pair under which the function changes is left
-    out. So is a weight that is used more than once, and all inside `scan`, `cond` or `remat`.
+    out. So is a weight that is used more than once, and all inside `scan` and `cond`.
 
     Args:
       fn: `fn(params, batch)`, the model as it is used after training.
@@ -75,10 +75,9 @@ def pairs(
 
 def _scaling_leaf(operation: Operation) -> Value | None:
     """The kernel of a product, or a parameter that multiplies, channel by channel."""
-    place = kernel_of(operation)
-    if place is not None:
-        kernel: Value | None = _single(place[0])
-        return kernel
+    met = kernel_of(operation)
+    if met is not None:
+        return _single(met.kernel)
     if operation.name != "mul" or operation.inputs[0].settled == operation.inputs[1].settled:
         return None
     scale, shape = _single(next(x for x in operation.inputs if x.settled)), operation.results[0].aval.shape
@@ -114,9 +113,9 @@ def _weights_behind(y: Value, users: Mapping[int, list[Operation]], ends: set[in
         if id(value) in ends:
             return []
         for operation in users.get(id(value), []):
-            place = kernel_of(operation)
-            if place is not None and place[0].settled:
-                weight = _single(place[0])
+            met = kernel_of(operation)
+            if met is not None and met.kernel.settled:
+                weight = _single(met.kernel)
                 if weight is None:
                     return []
                 found[id(weight)] = weight

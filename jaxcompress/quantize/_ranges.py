@@ -85,8 +85,8 @@ class Percentile:
     bins: int = 2048
 
     def __post_init__(self) -> None:
-        if not 0 < self.percent <= 100:
-            raise ValueError(f"percent is above 0 and at most 100, got {self.percent}")
+        if not 0 < self.percent <= 100 or self.bins < 2:
+            raise ValueError(f"percent is above 0 and at most 100, of at least 2 bins, got {self.percent}, {self.bins}")
 
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
         """To within a bin's width."""
@@ -197,8 +197,11 @@ def input_ranges(
     }
     if not specs:
         raise ValueError("no rule asks for quantized inputs: give an Affine activation_bits")
-    if method.bins < 0 or method.bins % 2:
-        raise ValueError(f"a method's histogram has an even number of bins, which fold into magnitudes: {method}")
+    if method.bins < 0 or method.bins % 2 or getattr(method, "fractions", 1) < 1:
+        raise ValueError(
+            f"a method's histogram has an even number of bins, which fold into magnitudes; of fractions at least one: "
+            f"{method}"
+        )
     measure = [(f"^{re.escape(name)}$", True) for name in specs]
     seen = input_values(fn, params, batches, measure, bins=method.bins, symmetric=symmetric)
     return {name: _chosen(method, seen[name], specs[name].activation_bits or 8, symmetric) for name in specs}

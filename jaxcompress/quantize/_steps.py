@@ -1,12 +1,13 @@
 """Rounding to steps that have a gradient of their own."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxcompress.arrays._inputs import to_small_floats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -73,20 +74,6 @@ def _backward(limits: tuple[int, int], rule: str | None, count: int, kept: Any, 
 
 
 to_steps.defvjp(_forward, _backward)
-
-
-def to_small_floats(x: Array, dtype: str, keep: Sequence[int]) -> tuple[Array, Array]:
-    """An activation in an 8-bit float type, over a scale of its own at each index of the `keep` axes.
-
-    Returns:
-      (`x / scale` as `dtype`, the largest of a row being the type's largest number; float32 scales with size 1 along
-      the other axes).
-    """
-    full, largest = x.astype(jnp.float32), float(jnp.finfo(dtype).max)
-    over = tuple(axis for axis in range(x.ndim) if axis not in keep)
-    scale = jnp.max(jnp.abs(full), axis=over, keepdims=True) / largest
-    scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
-    return jnp.clip(full / scale, -largest, largest).astype(dtype), scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -84,7 +84,7 @@ SLOW = [
 def test_linen_transformer(kind, dtype):
     model = Transformer(kind, dtype)
     tokens = jnp.arange(12).reshape(2, 6)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     stacked = quantize.Affine(axes=(0, -1))
     rules = [("embedding$", quantize.Affine(axes=(0,))), ("kernel$", stacked if kind == "scan" else quantize.Affine())]
     small = quantize.convert(variables, rules)
@@ -102,12 +102,12 @@ def test_linen_transformer(kind, dtype):
 
 def test_linen_convolutions_batch_norm_and_dropout(rng):
     model, x = Convnet(), jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     small = quantize.convert(variables, KERNELS_ONLY)
-    close(jax.jit(compressed(model.apply, strict=True))(small, x), model.apply(dense(small), x))
+    close(jax.jit(compressed(model.apply, strict=True))(small, x), jax.jit(model.apply)(dense(small), x))
     kwargs = {"train": True, "rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
     out, updates = compressed(lambda v, x: model.apply(v, x, **kwargs))(small, x)
-    expected, expected_updates = model.apply(dense(small), x, **kwargs)
+    expected, expected_updates = jax.jit(lambda v, x: model.apply(v, x, **kwargs))(dense(small), x)
     close(out, expected)
     jax.tree.map(close, updates, expected_updates)
 
@@ -118,22 +118,22 @@ KERNELS_ONLY = {"kernel$": quantize.Affine()}
 @pytest.mark.slow
 def test_linen_recurrent_cell(rng):
     model, x = Recurrent(), jnp.asarray(rng.normal(size=(2, 5, 7)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     small = quantize.convert(variables, KERNELS_ONLY)
-    close(jax.jit(compressed(model.apply, strict=True))(small, x), model.apply(dense(small), x))
+    close(jax.jit(compressed(model.apply, strict=True))(small, x), jax.jit(model.apply)(dense(small), x))
 
 
 @pytest.mark.slow
 def test_sparse_linen_model(rng):
     model, x = Convnet(), jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     names = [name for name, _ in named_leaves(variables)]
     leaves = [
         Sparse.from_dense(w, jnp.asarray(rng.random(w.shape) < 0.2)) if name.endswith("kernel") else w
         for name, (_, w) in zip(names, named_leaves(variables), strict=True)
     ]
     small = jax.tree.unflatten(jax.tree.structure(variables), leaves)
-    close(jax.jit(compressed(model.apply, strict=True))(small, x), model.apply(dense(small), x))
+    close(jax.jit(compressed(model.apply, strict=True))(small, x), jax.jit(model.apply)(dense(small), x))
 
 
 class NnxNet(nnx.Module):
@@ -158,8 +158,8 @@ def test_nnx_module():
     with watch() as hits:
         out, _ = jax.jit(compressed(apply, strict=True))(small, rest, tokens)
     assert hits[("Quantized", "dot_general", "rule")] == 5
-    close(out, apply(dense(small), rest, tokens)[0])
-    close(model(tokens), apply(params, rest, tokens)[0])
+    close(out, jax.jit(apply)(dense(small), rest, tokens)[0])
+    close(model(tokens), jax.jit(apply)(params, rest, tokens)[0])
 
 
 def test_nnx_training_state_comes_back():

@@ -126,7 +126,7 @@ class Attention(nn.Module):
 def test_attention(kind, rng):
     cls = nn.remat(Attention) if kind == "remat" else Attention
     model, x = cls(jnp.bfloat16 if kind == "bfloat16" else jnp.float32), normal(rng, 3, 4, 6)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     stats = input_statistics(jax.jit(model.apply), variables, [x], {"kernel$": True})
     seen = {}
 

@@ -124,7 +124,7 @@ def descend(loss, params, steps):
 def test_review_fusion_has_the_teachers_shapes_and_early_stages_hear_of_deep_ones(rng):
     student, teacher = [(8, 8, 3), (4, 4, 5), (2, 2, 6)], [(8, 8, 4), (4, 4, 8), (1, 1, 8)]
     fusion = distill.review_fusion(student, teacher, channels=7)
-    params = fusion.init(jax.random.key(0))
+    params = jax.jit(fusion.init)(jax.random.key(0))
     maps = [rng.normal(size=(2, *shape)).astype("float32") for shape in student]
     fused = fusion.apply(params, maps)
     assert [x.shape for x in fused] == [(2, *shape) for shape in teacher]
@@ -144,7 +144,7 @@ def test_paraphraser_learns_to_reconstruct_and_translator_to_match(rng):
     teacher = rng.normal(size=(8, 4, 4, 1)).astype("float32") * np.ones(4, "float32")  # one factor in four channels
     student = np.concatenate([teacher[..., :1], rng.normal(size=(8, 4, 4, 1))], -1).astype("float32")
     coder, translate = distill.paraphraser(4, 2), distill.translator(2, 2)
-    params = coder.init(jax.random.key(0))
+    params = jax.jit(coder.init)(jax.random.key(0))
 
     def reconstruction(p):
         return distill.hint_loss(coder.decode(p, coder.encode(p, teacher)), teacher).mean()
@@ -153,7 +153,7 @@ def test_paraphraser_learns_to_reconstruct_and_translator_to_match(rng):
     assert reconstruction(trained) < 0.3 * reconstruction(params)
     factors = coder.encode(trained, teacher)
     assert factors.shape == (8, 4, 4, 2)
-    ours = translate.init(jax.random.key(1))
+    ours = jax.jit(translate.init)(jax.random.key(1))
 
     def transfer(p):
         return distill.factor_transfer_loss(translate.apply(p, student), factors).mean()
@@ -196,7 +196,7 @@ def test_expected_margin_is_the_mean_of_negative_draws(rng):
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_conv_projector_meets_the_teachers_shape(rng, student, teacher, kernel, batch_norm):
     projector = distill.conv_projector(student, teacher, batch_norm=batch_norm)
-    params = projector.init(jax.random.key(0))
+    params = jax.jit(projector.init)(jax.random.key(0))
     assert params["kernel"].shape == (*kernel, student[2], teacher[2])
     x = rng.normal(size=(2, *student)).astype("float32")
     y = projector.apply(params, x)
@@ -217,7 +217,7 @@ def test_what_learns_beside_a_half_precision_student_stays_in_float32(rng):
         "review": distill.Projector(fusion.init, lambda p, x: fusion.apply(p, [x])[0]),
     }
     for name, projector in cases.items():
-        params = projector.init(jax.random.key(0))
+        params = jax.jit(projector.init)(jax.random.key(0))
         found, gradient = jax.jit(jax.value_and_grad(lambda p, x, f=projector.apply: f(p, x).sum()))(params, x)
         np.testing.assert_allclose(found, projector.apply(params, x.astype(jnp.float32)).sum(), rtol=1e-5, err_msg=name)
         assert {leaf.dtype for leaf in jax.tree.leaves((found, gradient))} == {jnp.dtype("float32")}, name
@@ -228,7 +228,7 @@ def test_dense_projector_learns_a_linear_teacher(rng):
     student = rng.normal(size=(64, 6)).astype("float32")
     teacher = (student @ rng.normal(size=(6, 9)) + 1).astype("float32")
     projector = distill.dense_projector(6, 9)
-    params = projector.init(jax.random.key(0))
+    params = jax.jit(projector.init)(jax.random.key(0))
 
     def loss(p):
         return distill.hint_loss(projector.apply(p, student), teacher).mean()

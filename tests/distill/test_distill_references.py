@@ -376,10 +376,10 @@ def test_crd_memory_after_two_steps():
     heads = distill.contrastive_heads(6, 9, 5)
     weights = {"student": {"kernel": x["ws"].T, "bias": x["bs"]}, "teacher": {"kernel": x["wt"].T, "bias": x["bt"]}}
     embeddings = heads.apply(weights, (x["student"], x["teacher"]))
-    memory = distill.ContrastMemory(x["memory_v1"], x["memory_v2"], np.float32(0), np.float32(0))
+    memory = distill.ContrastMemory(x["memory_v1"], x["memory_v2"], np.float32(-np.inf), np.float32(-np.inf))
     first, memory = distill.contrastive_loss(*embeddings, memory, x["idx"], x["contrast_idx"])
     constants = normalisers(wide)
-    np.testing.assert_allclose([memory.student_constant, memory.teacher_constant], constants, rtol=1e-4)
+    np.testing.assert_allclose(np.exp([memory.student_log_constant, memory.teacher_log_constant]), constants, rtol=1e-4)
     np.testing.assert_allclose(np.mean(first), crd(**wide, constants=constants), rtol=5e-5)
     for name, v in (
         ("memory_v1", x["student"] @ x["ws"].T + x["bs"]),
@@ -390,7 +390,7 @@ def test_crd_memory_after_two_steps():
     np.testing.assert_allclose(memory.teacher, wide["memory_v2"], rtol=1e-5, atol=1e-6)
     second, after = distill.contrastive_loss(*embeddings, memory, x["idx"], x["contrast_idx"])
     np.testing.assert_allclose(np.mean(second), crd(**wide, constants=constants), rtol=5e-5)
-    assert after.student_constant == memory.student_constant
+    assert after.student_log_constant == memory.student_log_constant
 
 
 def test_rkd_with_duplicates_keeps_value_and_finite_gradient():

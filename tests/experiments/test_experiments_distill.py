@@ -228,7 +228,6 @@ def test_bert_does_not_see_padding():
     assert float(jnp.abs(a.pooled - run(variables, tokens.at[:, 2].set(1), mask).pooled).max()) > 1e-3
 
 
-@pytest.mark.slow
 def test_the_cost_of_tinybert(tmp_path):
     for part in ("train", "dev"):
         (tmp_path / f"{part}.tsv").write_text("a fine film\t1\nno tab , but words\t0\n")
@@ -256,7 +255,6 @@ def test_the_table_of_hinton(tmp_path):
     assert float(choice.chosen) == corrected["offset"].mean and len(choice.scores) == len(distill_mnist.OFFSETS)
 
 
-@pytest.mark.slow
 def test_soft_targets_flatten_with_the_temperature(tmp_path):
     config = dataclasses.replace(distill_why.SHORT, out=tmp_path, parts=("targets",))
     (result,) = distill_why.main(config)
@@ -274,6 +272,15 @@ def test_the_sweep_and_the_ensemble(tmp_path):
     assert set(checked(sweep, tmp_path)["2x8"]) == {"t0", "t1", "t4"}
     rows = checked(ensemble, tmp_path)
     assert [rows[name]["kept"].mean for name in list(rows)[:2]] in ([0, 100], [0, 0])
+
+
+def test_an_ensemble_teaches_by_images_without_labels(tmp_path):
+    """Members learn the first images alone; the students' rows come on top, one of them of a single member."""
+    config = dataclasses.replace(distill_mnist.SHORT, out=tmp_path, parts=("ensemble",), labelled=300, epochs=15)
+    (ensemble,) = distill_mnist.main(config)
+    rows = checked(ensemble, tmp_path)
+    assert ensemble.name == "distill_ensemble_digits_transfer" and list(rows)[-1] == "distilled from one member"
+    assert all(ours["accuracy"].mean > 60 for ours in rows.values())
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ class Network(nn.Module):
 @pytest.mark.slow
 def test_a_linen_network():
     network = Network()
-    variables = network.init(jax.random.key(0), TOKENS)
+    variables = jax.jit(network.init)(jax.random.key(0), TOKENS)
     rules = {
         "embedding$": Svd(rank=6),
         "(query|key|value)/kernel": Svd(rank=4, rows=(0,)),

@@ -153,7 +153,7 @@ def test_in_an_nnx_optimizer() -> None:
 @pytest.mark.slow
 def test_with_linen_variables() -> None:
     model = nn.Dense(16)
-    variables = model.init(jax.random.key(0), jnp.ones((1, 24)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 24)))
     tx = prune.around(optax.adam(1e-2), REWIRE)
     state = tx.init(variables)
     gradient = jax.grad(lambda v: jnp.sum((model.apply(v, jnp.ones((4, 24))) - 1) ** 2))(variables)

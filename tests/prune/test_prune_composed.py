@@ -34,7 +34,7 @@ def test_one_step_of_all_three(kind: str) -> None:
     def hard(params) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(teacher.apply(params, images), labels).mean()
 
-    taught, _ = trained(teacher.init(jax.random.key(0), images), optax.adam(1e-2), hard, 100)
+    taught, _ = trained(jax.jit(teacher.init)(jax.random.key(0), images), optax.adam(1e-2), hard, 100)
     soft = teacher.apply(taught, images)
 
     def loss(params) -> jax.Array:
@@ -42,7 +42,7 @@ def test_one_step_of_all_three(kind: str) -> None:
 
     pruning = prune.sparsify({"kernel$": 0.8}, prune.polynomial(10, 60, 10))
     tx = optax.chain(optax.adam(1e-2), pruning) if kind == "chain" else prune.around(optax.adam(1e-2), pruning)
-    params, state = trained(student.init(jax.random.key(1), images), tx, loss, 400)
+    params, state = trained(jax.jit(student.init)(jax.random.key(1), images), tx, loss, 400)
     for name, mask in prune.masks(state).items():
         assert abs(float(mask.mean()) - 0.2) < 0.01, name
     small = quantize.convert(params, rules)

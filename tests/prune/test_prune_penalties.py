@@ -15,8 +15,12 @@ KERNEL = jax.random.normal(jax.random.key(0), (6, 4))
 
 
 def moved(tx: optax.GradientTransformation, params, grads):
-    updates, _ = tx.update(grads, tx.init(params), params)
-    return optax.apply_updates(params, updates)
+    @jax.jit
+    def step(params, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    return step(params, grads)
 
 
 def by_hand(weight: np.ndarray, groups: list[tuple], t: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxcompress.arrays import Quantized, dense
 from jaxcompress.paths import UnmatchedRuleError
-from jaxcompress.quantize import Affine, convert, fake_quantize, quantize
+from jaxcompress.quantize import Affine, KMeans, convert, fake_quantize, quantize
 
 weights = hnp.arrays(
     np.float32,
@@ -32,22 +32,29 @@ def test_round_trip_is_within_half_a_step(data):
     """Any shape, any grid, any finite weight: the error is at most half a step of its block, and all is finite."""
     w = data.draw(weights)
     spec = data.draw(specs(w.ndim))
-    q = quantize(jnp.asarray(w), spec)
-    back, scale = np.float64(dense(q)), np.broadcast_to(np.float64(q.spread(q.scale)), w.shape)
+
+    @jax.jit
+    def converted(w):
+        q = quantize(w, spec)
+        return q.codes(), dense(q), q.spread(q.scale)
+
+    codes, back, scale = converted(w)
+    back, scale = np.float64(back), np.broadcast_to(np.float64(scale), w.shape)
     assert np.all(np.isfinite(back)) and np.all(scale > 0) and np.all(np.isfinite(scale))
     flushed = np.where(np.abs(w) < np.finfo(np.float32).tiny, 0, np.float64(w))  # subnormal weights are zero to XLA
     np.testing.assert_array_less(np.abs(back - flushed), 0.5 * scale * (1 + 1e-5) + 1e-6 * np.abs(flushed) + 1e-37)
     low, high = spec.limits
-    assert int(q.codes().min()) >= low and int(q.codes().max()) <= high
+    assert int(np.min(codes)) >= low and int(np.max(codes)) <= high
     assert np.all(back[w == 0] == 0)
 
 
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_fake_equals_converted_to_the_bit(data):
-    w = jnp.asarray(data.draw(weights))
+    w = data.draw(weights)
     spec = data.draw(specs(w.ndim))
-    np.testing.assert_array_equal(fake_quantize(w, spec), dense(quantize(w, spec)))
+    fake, converted = jax.jit(lambda w: fake_quantize(w, spec)), jax.jit(lambda w: dense(quantize(w, spec)))
+    np.testing.assert_array_equal(fake(w), converted(w))
 
 
 def test_codes_of_a_worked_example():
@@ -87,6 +94,18 @@ def test_constant_channels(value, symmetric):
     q = quantize(jnp.full((3, 4), value, jnp.float32), Affine(8, symmetric=symmetric))
     assert bool(jnp.all(jnp.isfinite(q.scale)))
     np.testing.assert_allclose(dense(q), 0 if abs(value) < 1e-37 else value, rtol=1e-6)
+
+
+def test_a_tree_is_rounded_at_random():
+    """Between the two nearest integers, each layer by itself; on average to the weight."""
+    w = jnp.linspace(-1, 1, 12).reshape(3, 4)
+    tree, rules = {"a": w, "b": w, "c": w}, {"a|b": Affine(3), "c": KMeans(2)}
+    seen = [convert(tree, rules, key=jax.random.key(i)) for i in range(200)]
+    assert any(not np.array_equal(s["a"].codes(), s["b"].codes()) for s in seen)
+    values = np.stack([dense(s["a"]) for s in seen])
+    step = np.asarray(seen[0]["a"].scale)
+    assert np.all(np.abs(values - w) < step) and np.all(np.abs(values.mean(0) - w) < 4 * step * 0.5 / np.sqrt(200))
+    np.testing.assert_array_equal(dense(seen[0]["c"]), dense(KMeans(2).convert(w)))
 
 
 def test_gradient_passes_straight_through():
@@ -140,6 +159,20 @@ def test_convert_chooses_by_path_and_names_what_fails():
         convert(params, {"kernel$": Affine()})
     with pytest.raises(TypeError, match="Quantized already"):
         convert(out, {"a/kernel": Affine()})
+    for rule in (4, "int8", Affine):
+        with pytest.raises(TypeError, match=r"cannot quantize 'a/bias': want a scheme"):
+            convert(params, {"a/bias": rule})
+    with pytest.raises(ValueError, match=r"'x': a single number is no weight"):
+        convert({"x": jnp.float32(2)}, {"x": Affine(axes=())})
+
+
+def test_fields_of_a_grid_are_integers():
+    assert hash(Affine(axes=[0], group=[np.int64(0), 2])) == hash(Affine(axes=(0,), group=(0, 2)))
+    for wrong in ({"axes": 0}, {"axes": None}, {"axes": ("x",)}, {"group": 3}, {"group": (0, 2.5)}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be a tuple of integers"):
+            Affine(**wrong)
+    with pytest.raises(ValueError, match="activation_bits"):
+        Affine(activation_bits=8.0)
 
 
 def test_the_grid_does_not_depend_on_jit():

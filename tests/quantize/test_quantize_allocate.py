@@ -75,6 +75,10 @@ def test_the_choice_is_the_best_of_all(by, rng):
         assert quantize.allocate(costs, budget, by) == dict(zip(names, min(options)[1], strict=True))
     with pytest.raises(ValueError, match="more than the budget"):
         quantize.allocate(costs, least - 1)
+    with pytest.raises(ValueError, match="by is"):
+        quantize.allocate(costs, 1000, "losses")
+    with pytest.raises(ValueError, match=r"\['16'\] were chosen"):
+        quantize.chosen_rules({"a": "16"}, {"8": Affine(8)})
     with pytest.raises(ValueError, match="no costs"):
         quantize.allocate([], 5)
     with pytest.raises(ValueError, match="not measured"):

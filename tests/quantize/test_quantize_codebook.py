@@ -169,6 +169,19 @@ def test_training_under_two_or_three_values(scheme: quantize.Binary | quantize.T
     assert float(loss(params)) < 0.9 * first
 
 
+@pytest.mark.parametrize("k", [6, 64])
+@pytest.mark.parametrize("unit", [3.4e38, 1e-36])
+def test_the_ends_of_float32(unit: float, k: int, rng: np.random.Generator) -> None:
+    """Sums of two centroids, and differences of two weights, are beyond the largest float; scales beyond the other."""
+    weight = rng.uniform(-1, 1, 6000)
+    codes = [
+        quantize.KMeans(k, start="linear").convert(jnp.asarray(weight * u, jnp.float32)).codes() for u in (1, unit)
+    ]
+    assert np.mean(np.asarray(codes[0]) != np.asarray(codes[1])) < 1e-2  # but for ties between bins
+    few = jnp.asarray([3.3, 3.2, 1, -3.4, 2.9, -3.1]) * 1e38
+    np.testing.assert_array_equal(quantize.KMeans(6).convert(few).materialise(), few)
+
+
 def test_by_path_and_dtype() -> None:
     params = {"a": {"kernel": jnp.ones((3, 5), jnp.bfloat16), "bias": jnp.zeros(5)}, "b": {"kernel": TEXTBOOK}}
     small = quantize.convert(params, {"a/kernel": quantize.Binary(), "b/kernel": quantize.KMeans(4)})
@@ -187,6 +200,8 @@ def test_constant_and_huge_weights(value: float) -> None:
     ("make", "error", "message"),
     [
         (lambda: quantize.KMeans(1), ValueError, "2 to 256"),
+        (lambda: quantize.KMeans(2.5), ValueError, "2 to 256"),
+        (lambda: quantize.KMeans(axes=0), TypeError, "axes must be a tuple"),
         (lambda: quantize.KMeans(start="best"), ValueError, "start is one of"),
         (lambda: quantize.Ternary(threshold=0), ValueError, "positive"),
         (lambda: quantize.KMeans().convert(jnp.array([[jnp.nan, 1]])), ValueError, "non-finite"),

@@ -37,7 +37,7 @@ class Net(nn.Module):
 @pytest.fixture
 def net(rng):
     x = jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)
-    return Net(), Net().init(jax.random.key(0), x), x
+    return Net(), jax.jit(Net().init)(jax.random.key(0), x), x
 
 
 def test_a_product_by_hand(rng):
@@ -79,6 +79,30 @@ def test_integers_compute_what_training_rounded_to(bits, activation_bits, net):
     assert hits[("Quantized", "dot_general", "rule")] == 2
     assert hits[("Quantized", "conv_general_dilated", "rule")] == 1
     np.testing.assert_allclose(out, quantize.fake(model.apply, rules)(variables, x), rtol=1e-4, atol=1e-4)
+
+
+def _convolved(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "product", "shapes"),
+    [
+        ({"axes": (0, -1)}, jnp.matmul, ((5, 12), (12, 9))),  # scales that no product can be scaled by afterwards
+        ({"axes": (0,), "group": (-1, 4)}, jnp.matmul, ((5, 12), (12, 9))),
+        ({"axes": (), "group": (-1, 4)}, jnp.matmul, ((5, 12), (12, 9))),
+        ({"axes": (), "group": (0, 5)}, lambda x, w: x @ w.T, ((5, 9), (12, 9))),
+        ({"axes": (-1,), "group": (2, 3)}, _convolved, ((2, 4, 4, 8), (3, 3, 8, 6))),
+        ({"axes": (2,)}, _convolved, ((2, 4, 4, 8), (3, 3, 8, 6))),
+    ],
+)
+def test_inputs_are_rounded_where_the_weight_becomes_dense_too(grid, product, shapes, rng):
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    spec = quantize.Affine(4, activation_bits=3, **grid)
+    small = quantize.convert({"w": w}, {"w": spec})["w"]
+    wanted = quantize.fake(lambda p: product(x, p["w"]), {"w": spec})({"w": w})
+    np.testing.assert_allclose(compressed(product)(x, small), wanted, rtol=1e-4, atol=1e-4)
+    assert float(jnp.max(jnp.abs(wanted - product(x, dense(small))))) > 0.1
 
 
 def test_integer_products_are_exact(rng):
@@ -154,7 +178,7 @@ def test_two_weights_of_one_shape_are_told_apart():
 def test_tied_embedding(rng):
     """The table is on its grid at both ends; only the product rounds its input."""
     embed = nn.Embed(12, 6)
-    variables = embed.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    variables = jax.jit(embed.init)(jax.random.key(0), jnp.zeros(1, jnp.int32))
     rules = {"embedding$": quantize.Affine(8, axes=(0,), activation_bits=8)}
     table = rounded(variables["params"]["embedding"], axis=1)
     looked_up = quantize.fake(embed.apply, rules)(variables, jnp.arange(12))
@@ -168,7 +192,7 @@ def test_tied_embedding(rng):
 def test_recurrent_cell(rng):
     """The same weight in every step of a scan, rounded once and the same."""
     model, x = nn.RNN(nn.LSTMCell(6)), jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     rules = {"kernel$": SPEC}
     got = quantize.fake(model.apply, rules)(variables, x)
     integers = jax.jit(compressed(model.apply, strict=True))(quantize.convert(variables, rules), x)
@@ -210,7 +234,7 @@ def test_zero_inputs_and_empty_scales_are_finite():
 def test_linen_wrapper_is_the_transform(net):
     model, variables, x = net
     wrapped = linen.FakeQuantized(model, RULES)
-    own = wrapped.init(jax.random.key(0), x)
+    own = jax.jit(wrapped.init)(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, own, variables)
     fake = quantize.fake(model.apply, RULES)
     np.testing.assert_allclose(wrapped.apply(variables, x), fake(variables, x), rtol=1e-6)
@@ -227,7 +251,7 @@ def test_linen_wrapper_inside_a_larger_model(net):
         def __call__(self, x):
             return nn.Dense(3, name="plain")(linen.FakeQuantized(Net(name="body"), RULES)(x))
 
-    variables = Outer().init(jax.random.key(0), x)
+    variables = jax.jit(Outer().init)(jax.random.key(0), x)
     body = {name: tree["body"] for name, tree in variables.items()}
     inner = quantize.fake(Net().apply, RULES)(body, x)
     expected = inner @ variables["params"]["plain"]["kernel"] + variables["params"]["plain"]["bias"]
@@ -302,5 +326,11 @@ def test_refuses(net):
         quantize.fake(model.apply, {"Conv_0/kernels": SPEC})(variables, x)
     with pytest.raises(TypeError, match="compressed already"):
         quantize.fake(model.apply, RULES)(quantize.convert(variables, RULES), x)
+    with pytest.raises(TypeError, match=r"cannot quantize '.*kernel': want a scheme"):
+        quantize.fake(model.apply, {"kernel$": 8})(variables, x)
+    with pytest.raises(ValueError, match=r"cannot quantize '.*kernel': axis 7"):
+        quantize.fake(model.apply, {"kernel$": quantize.Affine(axes=(7,))})(variables, x)
+    with pytest.raises(TypeError, match=r"cannot quantize 'w': it is of int32"):
+        quantize.fake(lambda p: p["w"], {"w": SPEC})({"w": jnp.arange(3)})
     with pytest.raises(TypeError, match="first positional"):
         quantize.fake(model.apply, RULES)()

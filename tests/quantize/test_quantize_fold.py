@@ -44,7 +44,7 @@ def varied(variables, rng):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_same_function_with_norms_that_only_shift(scaled, rng):
     model, x = Net(scaled), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
-    variables = varied(model.init(jax.random.key(0), x), rng)
+    variables = varied(jax.jit(model.init)(jax.random.key(0), x), rng)
     out = quantize.fold(model.apply, variables, x)
     assert jax.tree.structure(out) == jax.tree.structure(variables)
     np.testing.assert_allclose(model.apply(out, x), model.apply(variables, x), rtol=1e-4, atol=1e-4)
@@ -103,9 +103,90 @@ def test_nnx_and_plain_functions(rng):
     np.testing.assert_allclose(folded["b"], [-4.0, -10.0])
 
 
+class Mixed(nn.Module):
+    """Parameters in one precision, products in another."""
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.BatchNorm(use_running_average=True, **kinds)(nn.Conv(6, (3, 3), **kinds)(x))
+        return nn.Dense(3, **kinds)(nn.relu(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("dtypes", [(jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)], ids=["mixed", "all"])
+def test_folding_and_bias_correction_in_half_precision(dtypes, rng):
+    model, x = Mixed(*dtypes), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
+    variables = varied(model.init(jax.random.key(0), x), rng)
+    out = quantize.fold(model.apply, variables, x, tolerance=2e-2)
+    norm, seen = variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"]
+    factor = np.asarray(norm["scale"], np.float64) / np.sqrt(np.asarray(seen["var"], np.float64) + 1e-5)
+    precise = dtypes[1] == jnp.float32
+    kernels = [np.asarray(tree["params"]["Conv_0"]["kernel"], np.float64) for tree in (variables, out)]
+    np.testing.assert_allclose(kernels[1], kernels[0] * factor, rtol=1e-5 if precise else 2e-2)
+    # what the norm still scales by is 1, as near as its dtype comes
+    left = np.asarray(out["params"]["BatchNorm_0"]["scale"], np.float64) / np.sqrt(seen["var"] + 1e-5)
+    np.testing.assert_allclose(left, 1, rtol=1e-5 if precise else 1e-2)
+
+    small = quantize.convert(variables, {"kernel$": Affine(3)})
+    found = quantize.correct_biases(model.apply, variables, small, [x])["params"]
+    assert float(jnp.max(jnp.abs(found["BatchNorm_0"]["bias"] - norm["bias"]))) > 1e-3
+    assert float(jnp.max(jnp.abs(found["Dense_0"]["bias"] - variables["params"]["Dense_0"]["bias"]))) > 1e-3
+
+
+def test_layers_that_are_rematerialised(rng):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(6)(x)))
+
+    class Net(nn.Module):
+        block: type
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="out")(self.block(name="block")(x))
+
+    model, x = Net(nn.remat(Block)), jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    variables = varied(model.init(jax.random.key(0), x), rng)
+    folded = [quantize.fold(net.apply, variables, x) for net in (model, Net(Block))]
+    jax.tree.map(np.testing.assert_array_equal, *folded)
+    small = quantize.convert(variables, {"kernel$": Affine(2)})
+    biases = [quantize.correct_biases(net.apply, variables, small, [x]) for net in (model, Net(Block))]
+    jax.tree.map(np.testing.assert_array_equal, *biases)
+
+
+LAYERS = {
+    "outputs first": lambda x, w, b: x @ w.T + b,
+    "weight in front": lambda x, w, b: w @ x.T + b[:, None],
+    "vmapped": lambda x, w, b: jax.vmap(lambda x: w @ x + b)(x),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bias_correction_wherever_the_kernel_stands(name, rng):
+    w, b = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), jnp.asarray(rng.normal(size=6), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)  # as many examples as outputs
+    rules = {"w": Affine(2, axes=())}
+    small = quantize.convert({"w": w, "b": b}, rules)
+    found = quantize.correct_biases(lambda p, x: LAYERS[name](x, p["w"], p["b"]), {"w": w, "b": b}, small, [x])
+    np.testing.assert_allclose(found["b"] - b, (w - dense(small["w"])) @ x.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_added_to_places_is_no_bias(rng):
+    """As many places as channels: shapes do not tell them apart."""
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "places": jnp.arange(4.0)}
+    x = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
+    small = quantize.convert(params, {"w": Affine(2)})
+    with pytest.raises(ValueError, match="no compressed weight has a bias"):
+        quantize.correct_biases(lambda p, x: x @ p["w"] + p["places"][:, None], params, small, [x])
+
+
 def test_nothing_to_fold(rng):
     model, x = Net(), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match="running averages"):  # statistics of the batch depend on the data
         quantize.fold(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0], variables, x)
     with pytest.raises(ValueError, match="nothing to fold"):
@@ -131,7 +212,7 @@ def test_bias_correction_is_the_mean_inputs_times_the_error(rng):
 def test_bias_correction_of_convolutions_and_norms(rng):
     """Where the bias stands before or behind a norm's scale; and inputs on a static grid count too."""
     model, x = Net(), jnp.asarray(rng.normal(loc=0.5, size=(8, 5, 5, 4)), jnp.float32)
-    variables = varied(model.init(jax.random.key(0), x), rng)
+    variables = varied(jax.jit(model.init)(jax.random.key(0), x), rng)
     rules = {"kernel$": Affine(3, axes=(), activation_bits=4)}
     ranges = quantize.input_ranges(model.apply, variables, [x], rules)
     small = quantize.static(quantize.convert(variables, rules), ranges)

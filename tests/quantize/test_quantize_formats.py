@@ -27,6 +27,16 @@ SCHEMES = {
 }
 
 
+@jax.jit
+def in_every_scheme(weight):
+    return {name: scheme.convert(weight) for name, scheme in SCHEMES.items()}
+
+
+@jax.jit
+def materialised(leaves):
+    return {name: leaf.materialise() for name, leaf in leaves.items()}
+
+
 @pytest.fixture
 def weight(rng):
     """70 inputs: neither groups of 20 nor of 32 divide them."""
@@ -54,7 +64,7 @@ def grouped(w, size):
 def test_values_are_the_definitions(weight):
     """Written down a second time with NumPy and ml_dtypes."""
     w = np.asarray(weight)
-    got = {name: np.asarray(scheme.convert(weight).materialise()) for name, scheme in SCHEMES.items()}
+    got = {name: np.asarray(value) for name, value in materialised(in_every_scheme(weight)).items()}
 
     def near(levels, x):
         return levels[np.argmin(np.abs(x[..., None] - levels), axis=-1)]
@@ -85,7 +95,7 @@ def test_values_are_the_definitions(weight):
 
 
 def test_bytes(weight):
-    sizes = {name: nbytes(scheme.convert(weight)) for name, scheme in SCHEMES.items()}
+    sizes = {name: nbytes(leaf) for name, leaf in in_every_scheme(weight).items()}
     n, scales = 70 * 6, 6
     assert sizes["e4m3"] == n + 4 * scales and sizes["bfloat16"] == 2 * n + 4
     assert sizes["nf4"] == n // 2 + 4 * 4 * scales  # four groups of 20
@@ -95,7 +105,8 @@ def test_bytes(weight):
 
 def test_products_and_lookups_need_no_dense_weight(weight, rng):
     x = jnp.asarray(rng.normal(size=(4, 70)), jnp.float32)
-    leaves = {name: scheme.convert(weight) for name, scheme in SCHEMES.items()}
+    leaves = in_every_scheme(weight)
+    values = materialised(leaves)
 
     @jax.jit
     def run(leaves, x):
@@ -108,7 +119,7 @@ def test_products_and_lookups_need_no_dense_weight(weight, rng):
     assert hits[("Quantized", "dot_general", "rule")] == 2 * len(leaves)
     assert hits[("Quantized", "gather", "rule")] == sum(w.group is None for w in leaves.values())
     for name, (product, turned, rows) in out.items():
-        w = np.asarray(leaves[name].materialise())
+        w = np.asarray(values[name])
         np.testing.assert_allclose(product, np.asarray(x) @ w, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(turned, np.asarray(x) @ w, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(rows, w[[3, 69]], rtol=1e-6)

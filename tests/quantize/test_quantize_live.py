@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from jaxcompress import compressed, quantize
+import jaxcompress.linen
+import jaxcompress.nnx
+from jaxcompress import compressed, dense, quantize
 from jaxcompress.quantize import Affine
 
 TENSOR = Affine(3, axes=())
@@ -24,7 +27,7 @@ class Net(nn.Module):
 @pytest.fixture
 def net(rng):
     x = jnp.asarray(rng.normal(size=(4, 5, 5, 2)), jnp.float32)
-    variables = Net().init(jax.random.key(0), x)
+    variables = jax.jit(Net().init)(jax.random.key(0), x)
 
     def leaf(path, x):
         positive = path[-1].key == "var"
@@ -36,6 +39,59 @@ def net(rng):
     norm = variables["params"]["BatchNorm_0"]
     norm["scale"] = norm["scale"].at[1].set(0)
     return Net(), variables, x
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv, self.norm = nnx.Conv(2, 6, (3, 3), rngs=rngs), nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+def test_wrappers_are_the_transform(net):
+    """Linen's and NNX's, in training: the result and the new statistics."""
+    model, variables, x = net
+    rules, how = (("kernel$", TENSOR),), {"train": True, "mutable": ["batch_stats"]}
+    wanted = quantize.fake(model.apply, rules, fold=True)(variables, x, **how)
+    got = jaxcompress.linen.FakeQuantized(model, rules, fold=True).apply(variables, x, **how)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    plain = jaxcompress.linen.FakeQuantized(model, rules).apply(variables, x, **how)
+    assert float(jnp.max(jnp.abs(plain[0] - wanted[0]))) > 1e-2
+
+    module = NnxNet(nnx.Rngs(0))
+    apply, params, rest = jaxcompress.nnx.functional(module)
+    wanted, rest = quantize.fake(apply, rules, fold=True)(params, rest, x)
+    np.testing.assert_array_equal(jaxcompress.nnx.FakeQuantized(module, rules, fold=True)(x), wanted)
+    np.testing.assert_array_equal(module.norm.mean[...], rest["norm"]["mean"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.T, lambda x, w: (w @ x.T).T], ids=["behind", "in front"])
+def test_kernels_that_are_cast_and_transposed_on_their_way(product, dtype, rng):
+    """In mixed precision, and stored outputs first: the rounding is that of the folded kernel in its own dtype."""
+    shapes = {"kernel": (6, 4), "scale": (6,), "shift": (6,)}
+    params = {name: jnp.asarray(rng.uniform(0.3, 3, shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(5, 4)), dtype)
+
+    def fn(p, x):
+        return product(x, p["kernel"].astype(dtype)) * p["scale"] + p["shift"]
+
+    rules = {"kernel": TENSOR}
+    folded = dense(TENSOR.convert(params["kernel"] * params["scale"][:, None]))
+    wanted = x.astype(jnp.float32) @ folded.T + params["shift"]
+    rounding = {jnp.float32: 1e-5, jnp.bfloat16: 0.03}[dtype]
+    np.testing.assert_allclose(quantize.fake(fn, rules, fold=True)(params, x), wanted, rtol=rounding, atol=rounding)
+    unfolded = quantize.fake(fn, rules)(params, x)
+    assert float(jnp.max(jnp.abs(unfolded - wanted))) > 0.3
+
+
+def test_a_scale_of_places_is_none_of_channels(rng):
+    """As many places as channels: shapes do not tell them apart."""
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "scale": jnp.arange(1.0, 5)}
+    x = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
+    with pytest.raises(ValueError, match="nothing to fold"):
+        quantize.fake(lambda p, x: x @ p["kernel"] * p["scale"][:, None], {"kernel": TENSOR}, fold=True)(params, x)
 
 
 BOTH = Affine(4, axes=(), symmetric=False, activation_bits=8)

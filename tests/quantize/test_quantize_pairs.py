@@ -26,7 +26,7 @@ class Block(nn.Module):
 @pytest.fixture
 def block(rng):
     x = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)
-    return Block(), Block().init(jax.random.key(0), x), x
+    return Block(), jax.jit(Block().init)(jax.random.key(0), x), x
 
 
 @pytest.mark.slow

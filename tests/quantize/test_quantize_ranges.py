@@ -138,5 +138,8 @@ def test_refuses(rng):
         quantize.input_ranges(product, {"w": w}, iter([x]), {"w": SPEC}, Percentile())
     with pytest.raises(ValueError, match="even number of bins"):
         quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(bins=255))
-    with pytest.raises(ValueError, match="percent"):
-        Percentile(0)
+    with pytest.raises(ValueError, match="of fractions at least one"):
+        quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(fractions=0))
+    for percent, bins in ((0, 2048), (99, 0)):
+        with pytest.raises(ValueError, match="percent"):
+            Percentile(percent, bins)

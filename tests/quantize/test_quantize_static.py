@@ -121,7 +121,7 @@ def test_training_rounds_to_what_integers_compute(symmetric, rng):
     """A network of convolution, recurrence and kernels of rank 3; static, with fake quantization in float."""
     batches = [jnp.asarray(rng.normal(size=(4, 6, 4, 2)), jnp.float32) for _ in range(2)]
     model = Net()
-    variables = model.init(jax.random.key(0), batches[0])
+    variables = jax.jit(model.init)(jax.random.key(0), batches[0])
     ranges = quantize.input_ranges(model.apply, variables, batches, RULES, symmetric=symmetric)
     assert len(ranges) == 1 + 6 + 2
     if not symmetric:  # behind rectifiers nothing is negative, and all integers are used

@@ -272,7 +272,7 @@ class Normalised(nn.Module):
 
 
 def linen_case(model, x):
-    variables = noisy(model.init(jax.random.key(0), x))
+    variables = noisy(jax.jit(model.init)(jax.random.key(0), x))
     return variables, halved(model.apply, variables, x)
 
 
@@ -314,7 +314,7 @@ def test_linen_wrapped_modules_are_cut_again_and_stand_in_larger_ones():
         def __call__(self, x):
             return nn.Dense(2)(jlinen.Pruned(Encoder(), plan, name="encoder")(x))
 
-    made = Outer().init(jax.random.key(0), TOKENS)
+    made = jax.jit(Outer().init)(jax.random.key(0), TOKENS)
     assert made["params"]["encoder"]["Dense_0"]["kernel"].shape == (6, 6)
     assert Outer().apply(made, TOKENS).shape == (2, 5, 2)
 

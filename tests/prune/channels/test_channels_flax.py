@@ -86,7 +86,7 @@ LINEN["recurrent"] = (Recurrent, TOKENS)
 def test_linen(name):
     module, x = LINEN[name]
     model = module()
-    variables = noisy(model.init(jax.random.key(0), x))
+    variables = noisy(jax.jit(model.init)(jax.random.key(0), x))
     groups, _ = checked(model.apply, variables, x)
     assert len(groups) >= 2
     assert not groups.unknown
@@ -95,7 +95,7 @@ def test_linen(name):
 @pytest.mark.slow
 def test_linen_batch_statistics_that_are_written_may_shrink():
     model = Residual()
-    variables = noisy(model.init(jax.random.key(0), IMAGES))
+    variables = noisy(jax.jit(model.init)(jax.random.key(0), IMAGES))
 
     def train(v, x):
         return model.apply(v, x, train=True, mutable=["batch_stats"])
