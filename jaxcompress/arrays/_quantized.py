@@ -118,7 +118,8 @@ class Quantized(Leaf):
     def codes(self) -> Int8[Array, "*shape"]:
         """The values as they were quantized, unpacked."""
         if self.turned:
-            return jnp.swapaxes(moved(self.values), -1, -2)
+            signed = self.values.dtype == jnp.int8  # as files of the first weeks have them
+            return jnp.swapaxes(self.values if signed else moved(self.values), -1, -2)
         return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
 
     def outputs_first(self) -> "Quantized":

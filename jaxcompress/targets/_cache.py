@@ -58,7 +58,7 @@ def build(
 
     Raises:
       TargetMismatchError: there is a cache of another teacher, data set or kind.
-      ValueError: bad arguments, logits that are NaN or change their shape, damaged files.
+      ValueError: bad arguments, logits that are NaN, have no finite largest or change their shape, damaged files.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")

@@ -20,10 +20,11 @@ def rounding_bound(teacher_logits: ArrayLike, temperature: float = 1.0) -> jax.A
       temperature: above 0.
     """
     z = jnp.asarray(teacher_logits, jnp.float32)
+    p = distill.temperature_softmax(z, temperature)
+    z = jnp.where(jnp.isneginf(z), jnp.max(z, axis=-1, keepdims=True), z)  # a class ruled out is kept exactly
     gap = jnp.max(z, axis=-1, keepdims=True) - z
     # the sum of largest logit and distance is rounded to float32 once more
     off = (2.0**-8 * gap + 2.0**-23 * jnp.max(jnp.abs(z), axis=-1, keepdims=True)) / temperature
-    p = distill.temperature_softmax(z, temperature)
     least, most = (jnp.sum(p * jnp.exp(sign * off), axis=-1, keepdims=True) for sign in (-1, 1))
     up, down = jnp.exp(off) / least - 1, 1 - jnp.exp(-off) / most
     return jnp.sum(p * jnp.maximum(up, down), axis=-1)
@@ -31,8 +32,8 @@ def rounding_bound(teacher_logits: ArrayLike, temperature: float = 1.0) -> jax.A
 
 def encode(header: Header, logits: jax.Array) -> np.ndarray:
     z = logits.astype(jnp.float32)
-    if bool(jnp.isnan(z).any()):
-        raise ValueError("the teacher's logits are NaN: nothing of this batch was kept")
+    if bool(jnp.isnan(z).any()) or not bool(jnp.isfinite(jnp.max(z, axis=-1)).all()):
+        raise ValueError("the teacher's logits are NaN, or a row's largest is infinite: nothing of this batch was kept")
     out = np.empty(len(z), header.record())
     if header.k is not None:
         few = [distill.top_k_targets(z, header.k, t) for t in header.temperatures]

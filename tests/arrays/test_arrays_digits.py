@@ -1,5 +1,7 @@
 """Products of int8 codes by digits of the input, and codes that are stored outputs first: the same weight."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +150,15 @@ def test_it_is_the_same_weight_wherever_it_goes(rng, tmp_path):
     np.testing.assert_array_equal(dense(pack.load(tmp_path / "w.jxc")["w"]), whole)
     kept = export.deserialize(export.export(jax.jit(lambda w: compressed(jnp.dot)(jnp.ones(12), w)))(w).serialize())
     np.testing.assert_allclose(kept.call(w), whole.sum(0), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_signed_codes_from_older_files_are_the_same_weight(rng):
+    w = turned(rng)
+    older = dataclasses.replace(w, values=w.codes().T)
+    x = jnp.asarray(rng.normal(size=(4, 96)), jnp.float32)
+    np.testing.assert_array_equal(dense(older), dense(w))
+    np.testing.assert_allclose(jax.jit(compressed(jnp.dot))(x, older), x @ dense(w), rtol=2e-5, atol=2e-5)
 
 
 def test_stacked_by_scan(rng):

@@ -218,6 +218,21 @@ def test_sequences_and_read_order(tmp_path, rng):
         kept.logits([5, 6, 9], 2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_classes_that_a_teacher_rules_out_stay_ruled_out(tmp_path, rng, dtype):
+    """A logit of -inf, as masked vocabularies have, is kept exactly, and the bound is that of the other classes."""
+    logits = rng.normal(size=(4, 6)).astype(np.float32) * 5
+    logits[:, 2] = -np.inf
+    kept = targets.build(tmp_path, lambda x: x, [(np.arange(4), 0, logits)], teacher="t", data="d", dtype=dtype)
+    found = kept.logits(np.arange(4))
+    assert np.isneginf(found[:, 2]).all() and np.isfinite(np.delete(found, 2, 1)).all()
+    bound, want = (jax.jit(targets.rounding_bound)(z, 2.0) for z in (logits, np.delete(logits, 2, 1)))
+    np.testing.assert_allclose(bound, want, rtol=1e-5)
+    p, q = (np.exp((z - z.max(1, keepdims=True)) / 2) for z in (logits, found))
+    moved = np.abs(p / p.sum(1, keepdims=True) - q / q.sum(1, keepdims=True)).sum(1)
+    assert (moved <= bound + 1e-6).all()
+
+
 def test_an_interrupted_build_goes_on(tmp_path, full):
     """Whole parts stay, half a part is cleared away, and only what is missing is computed."""
     asked = []
@@ -279,6 +294,8 @@ def test_damage_and_bad_input(tmp_path, rng):
         (lambda: make(tmp_path / "a", (np.arange(3), 0, logits)), "for 3 examples"),
         (lambda: make(tmp_path / "a", (np.arange(4.0), 0, logits)), "examples must be integers"),
         (lambda: make(tmp_path / "a", (np.arange(4), 0, logits * np.nan)), "are NaN"),
+        (lambda: make(tmp_path / "a", (np.arange(4), 0, np.where(logits > 1, np.inf, logits))), "largest is infinite"),
+        (lambda: make(tmp_path / "a", (np.arange(4), 0, logits - np.inf)), "largest is infinite"),
         (lambda: make(tmp_path / "b", (np.arange(4), 0, logits), dtype="float16"), "dtype must be"),
         (lambda: make(tmp_path / "b", (np.arange(4), 0, logits), top_k=2, temperatures=()), "temperatures"),
         (lambda: make(tmp_path / "b", (np.arange(4), 0, logits), top_k=9), "k"),
