@@ -20,6 +20,9 @@ from jaxcompress.arrays._products import Dims, compute_dtype
 LANES, TERMS = 8, 8
 LEAST = 1 << 8  # fewer weights along the contracted axis are not worth a loop
 FEW = 4  # sums that each decoded weight goes into; with more of them a product of tiles is faster
+LARGE = (
+    1 << 22
+)  # so many weights a sum are read from memory; from a cache tiles of them come as fast, and multiply faster
 
 Decode = Callable[[Any, Any], list[Array]]
 """`(part of the weight, dtype) -> arrays` that stand interleaved along the last axis; one, where nothing is packed."""
@@ -42,7 +45,7 @@ def suits(decode: Decode, w: Any, dims: Dims, rows: int, depth: int) -> bool:
     if n % LANES or n // LANES > depth or max(unit, LANES) % min(unit, LANES):
         return False
     sums = rows * len(jax.eval_shape(lambda w: decode(w.tile(dims.w_contract[0], 0, LANES), jnp.float32), w))
-    return 0 < sums <= FEW and _terms(n) >= TERMS // 2 and n >= LEAST
+    return 0 < sums <= FEW and _terms(n) >= TERMS // 2 and n >= LEAST and math.prod(w.shape) >= LARGE * sums
 
 
 def by_lanes(decode: Decode, x: Array, w: Any, dims: Dims, dtype: Any) -> Array:

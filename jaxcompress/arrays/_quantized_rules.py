@@ -14,12 +14,14 @@ added up exactly, in int32; `zero` times the sum of a weight's codes is taken of
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
 from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
+from jaxcompress.arrays._integers import beats_bytes, multiply_integers
 from jaxcompress.arrays._leaf import Otherwise, register
 from jaxcompress.arrays._products import (
     Dims,
@@ -30,7 +32,7 @@ from jaxcompress.arrays._products import (
     register_product,
 )
 from jaxcompress.arrays._quantized import Quantized
-from jaxcompress.arrays._tiles import tiled, tiled_outputs
+from jaxcompress.arrays._tiles import is_tiled, tiled, tiled_outputs
 
 
 def _left_to_dense(x: Array, w: Quantized, dims: Dims) -> Any:
@@ -49,9 +51,7 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
     w_free = dims.w_free(w.ndim)
     if not varies:
-        steps = w.spread(w.steps)
-        scale = along_output(steps, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
-        product = (_dot_codes if w.as_integers else _dot_tiles)(x, w, dims, params) * scale
+        product = _dot_scaled_outputs(x, w, dims, params)
     elif all(w.scale.shape[axis] == 1 for axis in w_free):
         per_input = along_contracted(w.spread(w.steps), dims, x.ndim)
         product = _dot_tiles(x, w, dims, params, per_input)
@@ -62,6 +62,22 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     else:
         return _left_to_dense(x, w, dims)
     return product.astype(out_dtype)
+
+
+def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    def after() -> Array:
+        spread = w.spread(w.steps)
+        scale = along_output(spread, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
+        return (_dot_codes if w.as_integers else _dot_tiles)(x, w, dims, params) * scale
+
+    def before() -> Array:
+        return _dot_columns(_dot_scaled, _rounded_input(x, w, dims), w, dims, params)
+
+    exact = w.as_integers or x.dtype != jnp.float32  # few digits hold integers, but not integers times a scale
+    if exact or is_tiled(x, w, dims) or suits(x, w, dims) or jax.device_count() > 1:
+        return after()
+    # XLA:CPU writes a small weight out in any case, and does so faster if it scales it too
+    return lax.platform_dependent(cpu=before, default=after)
 
 
 def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
@@ -108,12 +124,14 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
 
     def integers(codes: Array) -> Array:
         whole = functools.partial(_dot_columns, lambda x, w, *_: _dot_integers(x, w.codes(), dims, params))
-        if is_laid_for_integers(codes, w, dims):
+        in_pieces = not w.turned and beats_bytes(codes, w.shape, dims)
+        if not in_pieces and is_laid_for_integers(codes, w, dims):
             return lax.platform_dependent(
                 cpu=lambda: integer_codes(codes, w, dims), default=lambda: whole(codes, w, dims, params)
             )
-        # elsewhere XLA:CPU multiplies integers of few rows more slowly than floats, which add up 1,024 products of two
-        # int8 as exactly as integers do
+        if w.length is None and params.get("out_sharding") is None:
+            return multiply_integers(codes, w.codes(), dims)
+        # packed codes are unpacked into floats in tiles, which add up 1,024 products of two int8 as exactly as integers
         return tiled(
             lambda x, w: _dot_columns(_dot_floats, x, w, dims, params).astype(jnp.int32),
             codes.astype(jnp.float32),
@@ -203,6 +221,10 @@ def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], code
     codes = w.centred if codes is None else codes
     kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
     return lax.dot_general(x, codes(x.dtype), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
+
+
+def _dot_scaled(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    return _dot_floats(x, w, dims, params, lambda dtype: w.centred(dtype) * w.spread(w.steps).astype(dtype))
 
 
 def _dot_integers(x_codes: Array, w_codes: Array, dims: Dims, params: dict[str, Any]) -> Array:

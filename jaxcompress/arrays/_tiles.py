@@ -24,7 +24,7 @@ TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
 WIDTH = 1 << 10  # of them along the output
 FEW, WIDE = 4, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
 MANY, LARGER = 32, 4  # from so many rows on products take the time, and do better with larger tiles
-WORTH = 1 << 18  # smaller weights are decoded whole
+WORTH, SMALL = 1 << 18, 1 << 17  # smaller weights are decoded whole; for fewer than MANY rows those below SMALL
 
 
 class Tileable(Protocol):
@@ -68,10 +68,8 @@ def tiled(
     at_once = whole if whole is not None else lambda: product(x, w)
     count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
     known = isinstance(count, int)  # under jax.export it may be a symbol
-    count = count if known else FEW
-    larger = LARGER if count >= MANY else 1
-    plan = _plan(w, dims, depth, larger * TILE, WIDE if count < FEW else math.isqrt(larger) * WIDTH)
-    few = rows is None or count <= rows
+    plan = _plan_for(x, w, dims, depth)
+    few = rows is None or not known or count <= rows
     if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
         return at_once()
 
@@ -91,10 +89,24 @@ def _lanes(product: Callable[[Array, W], Array], loops: Any, decode: Decode, x: 
     return multiply(x, w)
 
 
+def is_tiled(x: Array, w: Tileable, dims: Dims) -> bool:
+    """Whether `tiled` would cut the weight up on a CPU, if `rows` and `depth` are as by default."""
+    return _plan_for(x, w, dims, TILE) is not None
+
+
+def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
+    count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    count = count if isinstance(count, int) else FEW
+    larger, least = (LARGER, WORTH) if count >= MANY else (1, SMALL)
+    if math.prod(w.shape) < least:
+        return None
+    return _plan(w, dims, depth, larger * TILE, WIDE if count < FEW else math.isqrt(larger) * WIDTH)
+
+
 def _plan(w: Any, dims: Dims, depth: int, tile: int, width: int) -> tuple[int, int, int, int] | None:
     """(contracted axis, its tile, free axis, its tile) of the weight; `None` where tiles don't pay or don't fit."""
     free = dims.w_free(len(w.shape))
-    if math.prod(w.shape) < WORTH or not free or not dims.w_contract:
+    if not free or not dims.w_contract:
         return None
     along, across = (max(axes, key=lambda axis: w.shape[axis]) for axes in (dims.w_contract, free))
     rest = math.prod(w.shape) // (w.shape[along] * w.shape[across])
@@ -126,6 +138,8 @@ def _loops(
         zeros, steps = jnp.zeros(first.shape, first.dtype), jnp.arange(w.shape[along] // part)
         return lax.scan(lambda total, i: (total + again(i), None), zeros, steps)[0]
 
+    if width == w.shape[across]:
+        return column(jnp.int32(0))
     one = jax.eval_shape(column, jnp.int32(0))
     axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
 

@@ -57,7 +57,7 @@ def test_rules(monkeypatch, case: str, one_device: bool) -> None:
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(_tiles, "TILE", 16)
         monkeypatch.setattr(_tiles, "WIDTH", 4)
-        monkeypatch.setattr(_tiles, "WORTH", 16)
+        monkeypatch.setattr(_tiles, "SMALL", 16)
     x, w = jax.random.normal(jax.random.key(3), x_shape), leaf(*w_shape, axes=axes, keep_zeros=True)
     with watch() as hits:
         got = jax.jit(compressed(fn, strict=True))(x, w)

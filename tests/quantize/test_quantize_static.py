@@ -155,7 +155,7 @@ def test_tiles_give_the_same_sums(spec, rng, monkeypatch):
 
     whole = jax.jit(lambda leaves, x: run(leaves, x))(leaves, x)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for name, size in {"TILE": 256, "WIDTH": 16, "WORTH": 1024}.items():
+    for name, size in {"TILE": 256, "WIDTH": 16, "WORTH": 1024, "SMALL": 1024}.items():
         monkeypatch.setattr(_tiles, name, size)
     tiled = jax.jit(lambda leaves, x: run(leaves, x))
     assert "scan[" in str(jax.make_jaxpr(tiled)(leaves, x))
