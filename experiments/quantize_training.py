@@ -38,10 +38,14 @@ SHORT = Config(seeds=2, epochs=3, tuning=2, batch_size=64)
 """A run of seconds, for tests; its accuracies mean little."""
 
 
+OWN = quantize.Ternary(axes=(-1,), signed=True)
+"""Trained ternary weights: the two values of each output are trained with the weights (Zhu et al. 2017)."""
+
+
 def of_weights(config: Config) -> dict[str, Any]:
     """Schemes of the weights alone: 2 bits have three even steps, as ternary weights do, but span the largest one."""
     even = {f"{bits} bits": Affine(bits) for bits in config.bits}
-    return {**even, "ternary": quantize.Ternary(axes=(-1,)), "binary": quantize.Binary()}
+    return {**even, "ternary": quantize.Ternary(axes=(-1,)), "ternary, own values": OWN, "binary": quantize.Binary()}
 
 
 def of_both(config: Config) -> dict[str, Affine]:
@@ -78,6 +82,12 @@ def quantized(
     def tuned(trainer: Trainer, params: Any, share: float) -> Any:
         return trainer(params, {**arguments, "share": jnp.float32(share)}, seed=100 + seed, epochs=config.tuning)
 
+    if scheme == OWN:
+        begun = quantize.learn(trained, rules)
+        yield "rounded", quantize.settle(begun)
+        yield "trained", quantize.settle(tuned(trainers["learned"], begun, 0.0))
+        yield "distilled", quantize.settle(tuned(trainers["learned"], begun, 1.0))
+        return
     yield "rounded", quantize.convert(trained, rules)
     yield "trained", quantize.convert(tuned(trainers[key], trained, 0.0), rules)
     yield "distilled", quantize.convert(tuned(trainers[key], trained, 1.0), rules)
@@ -99,7 +109,9 @@ def main(config: Config) -> _results.Result:
     """Trains, quantizes, trains on, and writes the two results and their figures."""
     lab, chosen = lab_for(config), of_weights(config) | of_both(config)
     trainers = {
-        key: trainer_for(lab, config, quantize.fake(lab.apply, {"kernel$": scheme})) for key, scheme in chosen.items()
+        key: trainer_for(lab, config, quantize.fake(lab.apply, {"kernel$": scheme}))
+        for key, scheme in chosen.items()
+        if scheme != OWN
     }
     trainers["learned"] = trainer_for(lab, config, compressed(lab.apply))  # compiled anew for each kind of leaf
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("float", *ROWS)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -204,8 +205,10 @@ class LearnedTernary(Trained):
     """A float weight that is `high`, zero or `-low`, as it is above, below or between two thresholds; all are trained.
 
     Trained ternary quantization (Zhu et al. 2017, equations 7 and 8): a value gets the sum of the gradients of the
-    weights that have it; the weight's own is scaled by its value, so that weights cross the thresholds as training
-    goes on. Paths end with `/weight`, `/high` and `/low`.
+    weights that have it, here times `1 / sqrt(n)` for the `n` weights of a block, as learned steps do: under SGD the
+    sum alone needs a rate of its own, and at that of the weights training comes apart (to Adam it is the same). The
+    weight's own is scaled by its value, so that weights cross the thresholds as training goes on. Paths end with
+    `/weight`, `/high` and `/low`.
     """
 
     weight: Float[Array, "*shape"]
@@ -254,8 +257,11 @@ def _to_three_bwd(threshold: float, kept: tuple[Array, Array, Array], cotangent:
     above, below = _sides(weight, high, threshold)
     over = tuple(axis for axis in range(weight.ndim) if high.shape[axis] == 1)
 
+    shared = max(1, weight.size // max(1, high.size))
+
     def of_side(side: Array) -> Array:
-        return jnp.sum(jnp.where(side, cotangent, 0), axis=over, keepdims=True).astype(high.dtype)
+        total = jnp.sum(jnp.where(side, cotangent, 0).astype(jnp.float32), axis=over, keepdims=True)
+        return (total / math.sqrt(shared)).astype(high.dtype)
 
     slope = jnp.where(above, high, jnp.where(below, low, 1))
     return (cotangent * slope).astype(weight.dtype), of_side(above), -of_side(below)
