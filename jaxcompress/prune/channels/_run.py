@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from jax._src import source_info_util
 
+from jaxcompress.arrays import is_leaf
+from jaxcompress.prune.channels._convolve import is_as_written
 from jaxcompress.prune.channels._labels import Label
+from jaxcompress.prune.channels._once import once, shared
 from jaxcompress.prune.channels._rules_shape import pick
 from jaxcompress.prune.channels._tape import Step, Tape, Tracer, Value
 
@@ -62,6 +65,7 @@ class Runner:
     def run(self, tape: Tape, inputs: Sequence[Any]) -> list[Any]:
         """The tape's outputs."""
         env: dict[Value, Any] = dict(zip(tape.inputs, inputs, strict=True))
+        kept = set() if is_as_written() else shared(tape)
         for step in tape.steps:
             outs = self._step(step, [env[v] for v in step.inputs])
             for value, out in zip(step.outputs, outs, strict=True):
@@ -70,7 +74,7 @@ class Runner:
                         f"{step.primitive} gave {np.shape(out)} where {self.shape(value)} was planned; "
                         "please report this, with the function"
                     )
-                env[value] = out
+                env[value] = once(out) if value in kept and not is_leaf(getattr(out, "value", None)) else out
         return [env[v] for v in tape.outputs]
 
     def _step(self, step: Step, inputs: list[Any]) -> Sequence[Any]:

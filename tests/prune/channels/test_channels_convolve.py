@@ -11,6 +11,7 @@ from jaxcompress.prune import channels
 from jaxcompress.prune.channels._convolve import convolve
 
 LAST, FIRST = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
+LINE = ("NWC", "WIO", "NWC")
 
 
 def ours(fn):
@@ -31,9 +32,22 @@ def ours(fn):
         ((2, 6, 5, 8), (1, 1, 8, 3), {"padding": ((1, 0), (0, 0))}, 8),
         ((2, 6, 5, 8), (3, 8, 1, 1), {"dimension_numbers": ("NHWC", "OIHW", "NHWC")}, None),
         ((2, 8, 6, 5), (3, 8, 1, 1), {"dimension_numbers": FIRST}, 8),
-        ((2, 6, 5, 3), (3, 2, 3, 4), {"window_strides": (2, 2), "padding": "SAME"}, 4),
+        ((2, 27, 25, 3), (3, 2, 3, 20), {"window_strides": (2, 2), "padding": "SAME"}, 4),
+        ((2, 13, 25, 3), (3, 2, 3, 4), {"padding": "SAME"}, 3),
+        ((2, 13, 25, 7), (3, 2, 7, 4), {"padding": "SAME"}, 8),
+        ((2, 13, 25, 1), (3, 2, 1, 20), {"padding": "SAME"}, 1),
         ((2, 6, 5, 7), (3, 3, 7, 2), {"lhs_dilation": (2, 2)}, 7),
-        ((2, 6, 5, 1), (3, 3, 1, 2), {}, 1),
+        ((2, 6, 5, 1), (3, 3, 1, 2), {}, None),
+        ((2, 7, 5, 7), (3, 2, 7, 4), {"window_strides": (2, 3), "padding": "SAME"}, None),
+        ((2, 9, 8, 5), (3, 2, 5, 4), {"rhs_dilation": (2, 3), "padding": ((2, 1), (0, 3))}, None),
+        ((2, 9, 8, 5), (3, 2, 5, 4), {"padding": ((-1, 2), (0, -1))}, None),
+        ((2, 6, 5, 4), (3, 4, 3, 2), {"dimension_numbers": ("NHWC", "OIHW", "NHWC")}, None),
+        (
+            (2, 6, 4),
+            (3, 4, 2),
+            {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")},
+            None,
+        ),
         ((2, 6, 5, 6), (3, 3, 3, 4), {"feature_group_count": 2}, 6),
         ((2, 6, 5, 6), (3, 3, 1, 6), {"feature_group_count": 6, "padding": "SAME"}, None),
         ((2, 9, 8, 5), (3, 2, 1, 5), {"feature_group_count": 5, "window_strides": (2, 3)}, None),
@@ -81,6 +95,23 @@ def test_half_precision_keeps_its_types(rng, groups):
         a, b = jax.jit(lambda x, kernel, plain=plain: (ours(plain)(x, kernel), plain(x, kernel)))(x, kernel)
         assert a.dtype == b.dtype
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_few_positions_of_other_types_stay_a_convolution(dtype):
+    x, kernel = jnp.ones((1, 4, 4, 6), dtype), jnp.ones((3, 3, 6, 6), dtype)
+    run = ours(lambda x, kernel: lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAST))
+    assert "stablehlo.convolution" in jax.jit(run).lower(x, kernel).as_text()
+
+
+def test_few_positions_under_vmap(rng):
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 2, 4, 4, 6), (5, 3, 3, 6, 6)))
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAST)
+
+    got, want = jax.jit(lambda x, k: (jax.vmap(ours(plain))(x, k), jax.vmap(plain)(x, k)))(x, kernel)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_compressed_kernels_meet_their_own_rules_and_it_can_be_cut_again(rng):
