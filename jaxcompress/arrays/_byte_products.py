@@ -24,6 +24,7 @@ from jaxtyping import Array, Int8, Int32, UInt8
 
 DEEP = (1 << 31) // (255 * 128)  # contracted weights whose products int32 can add up
 TILE = 64  # rows of a weight that are made signed at a time
+MANY = 256  # rows of the input; for so many it does better as the left operand, and the weight is made signed whole
 
 byte_dot_p = Primitive("byte_dot")
 
@@ -60,6 +61,8 @@ def integer_sums(codes: Int8[Array, "groups rows n"], values: Array, along: int)
     groups, rows, n = codes.shape
     flat = codes.reshape(-1, n)
     each = [slice(i * rows, (i + 1) * rows) for i in range(groups)]
+    if values.dtype == jnp.uint8 and groups * rows >= MANY:
+        values = moved(values)
     if values.dtype == jnp.uint8:
         if not multiplies_bytes():
             columns = _tile_by_tile(flat, values)

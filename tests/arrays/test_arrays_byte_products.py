@@ -54,7 +54,7 @@ def test_vmapped(rng, along, mapped):
 
 
 @pytest.mark.parametrize("has_bytes", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, 130])
 @pytest.mark.parametrize("stored", ["inputs first", "outputs first", "outputs first, moved", "moved, odd"])
 def test_sums_of_codes_however_stored(monkeypatch, rng, stored, rows, has_bytes):
     if has_bytes and not multiplies_bytes():
