@@ -20,9 +20,7 @@ from jaxcompress.arrays._products import Dims, compute_dtype
 LANES, TERMS = 8, 8
 LEAST = 1 << 8  # fewer weights along the contracted axis are not worth a loop
 FEW = 4  # sums that each decoded weight goes into; with more of them a product of tiles is faster
-LARGE = (
-    1 << 22
-)  # so many weights a sum are read from memory; from a cache tiles of them come as fast, and multiply faster
+LARGE = 1 << 22  # so many weights a sum come from memory; out of a cache tiles come as fast, and multiply faster
 
 Decode = Callable[[Any, Any], list[Array]]
 """`(part of the weight, dtype) -> arrays` that stand interleaved along the last axis; one, where nothing is packed."""

@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
 from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
 from jaxcompress.arrays._integers import beats_bytes, multiply_integers
+from jaxcompress.arrays._lanes import LARGE
 from jaxcompress.arrays._leaf import Otherwise, register
 from jaxcompress.arrays._products import (
     Dims,
@@ -129,7 +130,8 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             return lax.platform_dependent(
                 cpu=lambda: integer_codes(codes, w, dims), default=lambda: whole(codes, w, dims, params)
             )
-        if w.length is None and params.get("out_sharding") is None:
+        by_lanes = w.size >= LARGE and all(codes.shape[axis] == 1 for axis in dims.x_free(codes.ndim))
+        if w.length is None and params.get("out_sharding") is None and not by_lanes:
             return multiply_integers(codes, w.codes(), dims)
         # packed codes are unpacked into floats in tiles, which add up 1,024 products of two int8 as exactly as integers
         return tiled(
