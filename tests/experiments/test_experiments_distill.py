@@ -265,7 +265,6 @@ def test_soft_targets_flatten_with_the_temperature(tmp_path):
     assert [sum(row) for row in shares] == pytest.approx([100] * len(shares), abs=1e-3)
 
 
-@pytest.mark.slow
 def test_the_sweep_and_the_ensemble(tmp_path):
     config = dataclasses.replace(distill_mnist.SHORT, out=tmp_path, parts=("temperatures", "ensemble"))
     sweep, ensemble = distill_mnist.main(config)
@@ -283,14 +282,12 @@ def test_an_ensemble_teaches_by_images_without_labels(tmp_path):
     assert all(ours["accuracy"].mean > 60 for ours in rows.values())
 
 
-@pytest.mark.slow
 def test_ways_of_teaching(tmp_path):
     rows = checked(distill_teaching.main(dataclasses.replace(distill_teaching.SHORT, out=tmp_path)), tmp_path)
     assert len(rows) == 16 and {name for pair in distill_teaching.PAIRS for name in pair} <= set(rows)
     assert all(ours["accuracy"].mean > 12 for ours in rows.values())
 
 
-@pytest.mark.slow
 def test_capacity(tmp_path):
     growing, shapes = distill_capacity.main(dataclasses.replace(distill_capacity.SHORT, out=tmp_path))
     assert len(checked(growing, tmp_path)) == 2
@@ -299,7 +296,6 @@ def test_capacity(tmp_path):
     assert thin["size"].mean == 65 * 8 + 4 * 9 * 8 + 9 * 10 < deep["size"].mean  # the regressor stays behind
 
 
-@pytest.mark.slow
 def test_smoothing_and_partial_teachers(tmp_path):
     config = dataclasses.replace(distill_why.SHORT, out=tmp_path, parts=("smoothing", "partial"))
     smoothing, partial = distill_why.main(config)

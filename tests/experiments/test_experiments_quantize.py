@@ -98,8 +98,11 @@ def test_the_decoder_on_a_short_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs qwix")
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # which qwix 0.1.8 still names
 def test_beside_qwix_on_a_short_run(tmp_path):
-    mean = means(quantize_peer.main(dataclasses.replace(quantize_peer.SHORT, model="folded", out=tmp_path)))
+    # qwix tells weights from inputs by their shapes: 64 rows of 64 would be taken for the kernel that they meet
+    config = dataclasses.replace(quantize_peer.SHORT, model="folded", batch_size=48, out=tmp_path)
+    mean = means(quantize_peer.main(config))
     for name in ("jaxcompress, w8", "jaxcompress, w8a8", "qwix, w8a8"):  # qwix refuses convolutions' weights alone
         assert abs(mean[name]["kept"] - mean["float32"]["kept"]) < 3
         assert mean[name]["bytes"] < 0.35 * mean["float32"]["bytes"]
