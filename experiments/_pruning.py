@@ -290,18 +290,25 @@ def coupled(masks: Any, layers: Sequence[str]) -> Any:
 def command(module: str, config: Any) -> str:
     """The command line that gives this result again: what differs from the defaults, but for folders."""
     changed = [
-        f"--{field.name.replace('_', '-')} {_argument(getattr(config, field.name))}".rstrip()
+        argument
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default and field.name not in ("data_dir", "out", "floats")
+        if field.name not in ("data_dir", "out", "floats")
+        for argument in _arguments(field.name.replace("_", "-"), getattr(config, field.name), field.default)
     ]
     data = [] if config.data in ("digits", "pydoc") else ["--data-dir DIR"]
     return " ".join([f"python -m experiments.{module}", *changed, *data])
 
 
-def _argument(value: Any) -> str:
+def _arguments(name: str, value: Any, default: Any) -> list[str]:
+    """How an option is given that is not as by default; one with named parts part by part."""
+    if value == default:
+        return []
+    if hasattr(value, "_fields"):
+        parts = zip(value._fields, value, default, strict=True)
+        return [argument for part, own, usual in parts for argument in _arguments(f"{name}.{part}", own, usual)]
     if value is True:
-        return ""  # a flag: the option's name says it
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return [f"--{name}"]  # a flag: the option's name says it
+    return [f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"]
 
 
 Lines = Mapping[str, Sequence[tuple[float, Sequence[float]]]]

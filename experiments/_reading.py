@@ -32,21 +32,34 @@ class Vocabulary:
 
     def rows(self, texts: Sequence[str], tokens: int) -> np.ndarray:
         """`[texts, tokens]`, int32: the first `tokens` words of each, padded behind."""
-        rows = np.full((len(texts), tokens), PADDING, np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            words = text.split()[:tokens]
-            row[: len(words)] = [self.numbers.get(word, UNKNOWN) for word in words]
-        return rows
+        return padded([[self.numbers.get(word, UNKNOWN) for word in text.split()[:tokens]] for text in texts], tokens)
+
+
+def padded(numbers: Sequence[Sequence[int]], tokens: int) -> np.ndarray:
+    """`[texts, tokens]`, int32: each text's numbers, and padding behind."""
+    rows = np.full((len(numbers), tokens), PADDING, np.int32)
+    for row, those in zip(rows, numbers, strict=True):
+        row[: len(those)] = those
+    return rows
 
 
 class TextRoom(Room):
-    """A data set of sentences on the device; `images` are their numbered words, `[examples, tokens]`."""
+    """A data set of sentences on the device; `images` are their numbered words, `[examples, tokens]`.
 
-    def __init__(self, config: _distilling.Config, tokens: int, at_least: int) -> None:
+    Args:
+      config: which data set, and how much of it.
+      tokens: a sentence's first words, or word pieces, that are read.
+      at_least: how often a word of the vocabulary occurs in the training sentences.
+      vocabulary: another one than of those words.
+    """
+
+    def __init__(
+        self, config: _distilling.Config, tokens: int, at_least: int, vocabulary: Vocabulary | None = None
+    ) -> None:
         self.config, self.tokens = config, tokens
         self.dataset = load_texts(config.data, config.data_dir)
         train, validation = self.dataset.train, self.dataset.validation
-        self.vocabulary = Vocabulary(texts_of(train), at_least)
+        self.vocabulary = vocabulary or Vocabulary(texts_of(train), at_least)
         self.images, self.labels = self.numbered(train)
         self.images, self.labels = self.images[: config.examples], self.labels[: config.examples]
         self.validation = self.numbered(validation)
@@ -146,6 +159,16 @@ def word_loss(model: Reader, share: float = 0.15) -> _distilling.Loss:
         wanted = jnp.take_along_axis(lesson.images, places, axis=1)
         losses = distill.hard_label_loss(logits + lesson.knobs, wanted, where=counts)
         return distill.masked_mean(losses, counts), extras
+
+    return of_params
+
+
+def averaged(loss: _distilling.Loss, decay: float) -> _distilling.Loss:
+    """A `Loss` beside which `extras["average"]` follows the parameters, which are not those that learn."""
+
+    def of_params(params: Any, extras: Any, lesson: Lesson) -> tuple[jax.Array, Any]:
+        average = distill.moving_average(extras["average"], jax.lax.stop_gradient(params), decay, lesson.step)
+        return loss(params, {}, lesson)[0], {"average": average}
 
     return of_params
 

@@ -3,12 +3,14 @@
 A teacher of 12 layers learns to guess masked words of SST-2's training sentences, and then their labels. A student of
 4 narrower layers takes over its layers, first from the teacher that only guesses words, then from the one that knows
 the task, and then its predictions; the student from scratch, the student on soft targets alone, and the recipe with
-each loss left out stand beside it, and logistic regression on the bag of words.
+each loss left out stand beside it, and logistic regression on the bag of words. With `--checkpoint DIR` the teacher is
+a BERT that somebody else has trained, as Hugging Face keeps it, and sentences are cut into its word pieces.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,10 +35,12 @@ from experiments._distilling import (
     parameters,
     written,
 )
+from experiments._pieces import load_checkpoint, origin
 from experiments._reading import (
     PADDING,
     Reader,
     TextRoom,
+    averaged,
     dropped_words,
     layer_tables,
     log_frequencies,
@@ -59,29 +63,41 @@ class Config(_distilling.Config):
     """sst2 (with --data-dir), or descriptions: bundled lines of text."""
     batch_size: int = 64
     tokens: int = 32
-    """The first words of a sentence that are read."""
+    """The first words of a sentence that are read, or with a checkpoint word pieces."""
     at_least: int = 2
     """How often a word of the vocabulary occurs in the training sentences."""
+    checkpoint: Path | None = None
+    """A folder with config.json, model.safetensors and vocab.txt, from which the teacher starts; `teacher`, `before`
+    and `at_least` then do not count."""
     teacher: Size = DEEP
     student: Size = SHALLOW
     masked_epochs: int = 3
     """Of guessing masked words."""
-    labelled_epochs: int = 4
-    """Of each of the teacher's trainings on labels."""
+    labelled_epochs: int = 3
+    """Of each of the teacher's trainings on labels alone."""
     epochs: int = 3
     """Of each of the student's last two phases."""
     general_epochs: int = 2
     """Of its first."""
+    masked_rate: float = 1e-3
+    """The teacher's largest learning rate on masked words, after 100 steps; falls to zero along a cosine."""
     rate: float = 1e-3
-    """The teacher's largest learning rate, after 100 steps; falls to zero along a cosine."""
+    """The same on labels."""
     student_rate: float = 2e-3
-    before: bool = False
+    before: bool = True
     """Whether a layer's halves are normalised before and not behind."""
-    dropout: tuple[float, ...] = (0.1,)
-    """Of the teacher, behind its embeddings and each half of a layer: those tried on labels, the first on masked words;
-    the student has none."""
-    again: float = 0.0
-    """How much its own predictions weigh where the teacher is born again, the labels having the rest; 0: it is not."""
+    dropout: float = 0.1
+    """Of the teacher, behind its embeddings and each half of a layer; the student has none."""
+    average: float = 0.99
+    """Of the teacher's weights at a step on labels, the share that the average of those before keeps; the average is
+    what has learned."""
+    fine_tunings: int = 3
+    """How often the teacher learns the labels, in other orders."""
+    again: float = 1.0
+    """Where it is born again, how much weight the predictions of all those have, the labels having the rest; 0: it is
+    not."""
+    again_epochs: int = 7
+    """Of the training in which it is born again."""
     dropped: float = 0.3
     """The share of the words that are masked where labels or predictions are learned."""
 
@@ -97,8 +113,10 @@ SHORT = Config(
     labelled_epochs=1,
     epochs=1,
     general_epochs=1,
-    before=True,
+    average=0.9,
+    fine_tunings=2,
     again=0.5,
+    again_epochs=1,
 )
 """A run of seconds, for tests; its accuracies mean little."""
 
@@ -107,6 +125,13 @@ SCRATCH, SOFT, FULL = "student from scratch", "student, soft targets alone", "st
 WHOLE = {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}
 LEFT_OUT = {f"without the {key} loss": WHOLE | {key: 0.0} for key in WHOLE}
 LABELS = "without the prediction loss: labels instead"
+NO_TEXT = "General and task text are the same sentences; no text was added, which the paper found to matter most."
+SELECTION = {
+    "pair": "lengths, rates, the share of masked words of the teacher, that layers are normalised before their halves,"
+    " averages and how it is born again, by eleven trials on validation data, two of them with four layers; the"
+    " students' were fixed beforehand.",
+    "checkpoint": "nothing: lengths and rates were fixed beforehand.",
+}
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
@@ -129,18 +154,20 @@ def layer_losses(
 
 
 def predicted(logits: jax.Array, lesson: Lesson) -> jax.Array:
-    """The predictions in `rows`, weighed by `knobs`, and the labels."""
-    said = distill.soft_cross_entropy_loss(logits, lesson.rows)
+    """The probabilities in `rows`, weighed by `knobs`, and the labels."""
+    said = distill.soft_label_loss(logits, lesson.rows)
     return lesson.knobs * said + (1 - lesson.knobs) * hard(logits, lesson)
 
 
 class Pupil:
     """The student's phases, each a `Learner` whose arms share a program."""
 
-    def __init__(self, room: TextRoom, config: Config, model: Reader, guides: Mapping[str, Any], soft: Any) -> None:
+    def __init__(
+        self, room: TextRoom, config: Config, model: Reader, width: int, guides: Mapping[str, Any], soft: Any
+    ) -> None:
         c = self.config = config
         self.room, self.model, self.guides, self.soft = room, model, guides, soft
-        self.project = distill.dense_projector(c.student.hidden, c.teacher.hidden)
+        self.project = distill.dense_projector(c.student.hidden, width)
         augment = dropped_words(c.dropped)
 
         def learner(init: Any, loss: Any, epochs: int) -> Learner:
@@ -205,50 +232,71 @@ def bag_of_words(room: TextRoom) -> tuple[dict[str, float], Choice]:
     return {"accuracy": right(best, test), "validation": right(best, validation), "size": seen.shape[1] + 1}, choice
 
 
-def taught(room: TextRoom, c: Config, model: Reader) -> tuple[dict[str, Any], list[Choice]]:
+def opened(c: Config) -> tuple[TextRoom, Reader, dict[str, Any]]:
+    """The sentences, and the teacher with its first variables: fresh ones, or a checkpoint's below a fresh head."""
+    if c.checkpoint is None:
+        room = TextRoom(c, c.tokens, c.at_least)
+        size = c.teacher._replace(vocabulary=len(room.vocabulary), positions=c.tokens)
+        model = Reader(size, c.dropout, room.dataset.classes, c.before)
+        return room, model, room.init(model, 0)
+    pieces, size, params = load_checkpoint(c.checkpoint, c.tokens)
+    room = TextRoom(c, c.tokens, c.at_least, pieces)
+    model = Reader(size, c.dropout, room.dataset.classes)
+    return room, model, {PARAMS: {**room.init(model, 0)[PARAMS], "bert": params}}
+
+
+def taught(room: TextRoom, c: Config, model: Reader, start: Any) -> tuple[dict[str, Any], list[Choice]]:
     """The teacher that guesses words, and the same after it learned the labels; and how it was to learn those.
 
-    On labels it learns with each dropout and, where it is born again, once more with the best, from its own predictions
-    beside the labels.
+    It learns them several times, and where it is born again once more, from what all of those say together beside the
+    labels.
     """
-    vocabulary = model.size.vocabulary
+
+    def copied(variables: Any) -> Any:
+        return jax.tree.map(jnp.copy, variables)
 
     def guess() -> Any:
-        tx = optimizer(c.rate, c.masked_epochs * room.steps)
+        tx = optimizer(c.masked_rate, c.masked_epochs * room.steps)
         learn = room.learner(model, word_loss(model), epochs=c.masked_epochs, tx=tx)
-        return learn("teacher, masked words", 0, knobs=log_frequencies(room.images, vocabulary))
+        bias = log_frequencies(room.images, len(room.vocabulary))
+        return learn("teacher, masked words", 0, knobs=bias, start=copied(start))
 
-    def label(name: str, dropout: float, rows: jax.Array, share: float) -> Any:
-        tx = optimizer(c.rate, c.labelled_epochs * room.steps)
-        loss = logits_loss(model.clone(dropout=dropout), predicted, dropped_words(c.dropped))
-        learn = room.learner(model, loss, epochs=c.labelled_epochs, tx=tx)
-        return learn(f"teacher, {name}", 0, start=jax.tree.map(jnp.copy, pretrained), rows=rows, knobs=share)
+    def labelling(epochs: int) -> Learner:
+        loss = logits_loss(model, predicted, dropped_words(c.dropped))
+        loss = averaged(loss, c.average) if c.average else loss
+        return room.learner(model, loss, epochs=epochs, tx=optimizer(c.rate, epochs * room.steps))
+
+    def label(name: str, seed: int, learn: Learner, rows: jax.Array, share: float) -> Any:
+        first = copied({PARAMS: pretrained[PARAMS]} | ({"average": pretrained[PARAMS]} if c.average else {}))
+        learned = learn(f"teacher, {name}", seed, start=first, rows=rows, knobs=share)
+        return {PARAMS: learned["average" if c.average else PARAMS]}
 
     def right(name: str, split: Split) -> float:
         return _distilling.accuracy(room.logits(model, found[name], room.numbered(split)[0]), room.validation[1])
 
-    pretrained = room.trained("teacher, masked words", model, guess)
-    nothing = jnp.zeros((len(room.labels), room.dataset.classes))
-    arms = {f"dropout {dropout:g}": dropout for dropout in c.dropout}
+    pretrained = room.trained("teacher, masked words", model, guess) if c.masked_epochs else start
+    alone, nothing = labelling(c.labelled_epochs), jnp.zeros((len(room.labels), room.dataset.classes))
     found = {
-        name: room.trained(f"teacher, labels, {name}", model, partial(label, name, dropout, nothing, 0.0))
-        for name, dropout in arms.items()
+        name: room.trained(f"teacher, {name}", model, partial(label, name, seed, alone, nothing, 0.0))
+        for seed in range(c.fine_tunings)
+        for name in (f"labels, seed {seed}",)
     }
-    best, choice = select("the teacher's training on labels", tuple(found), right, room.dataset.validation)
     if c.again:
-        name, rows = f"{best}, born again", room.logits(model, found[best])
-        found[name] = room.trained(f"teacher, {name}", model, partial(label, name, arms[best], rows, c.again))
-        best, choice = select(choice.what, tuple(found), right, room.dataset.validation)
+        said = distill.ensemble_targets(jnp.stack([room.logits(model, variables) for variables in found.values()]))
+        name = "born again"
+        found[name] = room.trained(
+            f"teacher, {name}", model, partial(label, name, c.fine_tunings, labelling(c.again_epochs), said, c.again)
+        )
+    best, choice = select("the teacher's training on labels", tuple(found), right, room.dataset.validation)
     return {"pretrained": pretrained, "fine-tuned": found[best]}, [choice] if len(found) > 1 else []
 
 
 def main(config: Config) -> _results.Result:
     """Trains the teacher and the students, and writes the result and the figure."""
-    c, room = config, TextRoom(config, config.tokens, config.at_least)
-    words = {"vocabulary": len(room.vocabulary), "positions": c.tokens}
-    classes = room.dataset.classes
-    teacher = Reader(c.teacher._replace(**words), c.dropout[0], classes, c.before)
-    student = Reader(c.student._replace(**words), classes=classes, before=c.before)
+    c = config
+    room, teacher, start = opened(c)
+    size = c.student._replace(vocabulary=len(room.vocabulary), positions=c.tokens)
+    student = Reader(size, classes=room.dataset.classes, before=teacher.before)
     figures: list[tuple[str, int, dict[str, float]]] = []
 
     def measured(name: str, seed: int, model: Reader, learn: Callable[[], Any]) -> None:
@@ -263,12 +311,13 @@ def main(config: Config) -> _results.Result:
 
     bag, strength = bag_of_words(room)
     figures.append((BAG, 0, bag))
-    teachers, training = taught(room, c, teacher)
+    teachers, training = taught(room, c, teacher, start)
     print(*(choice.scores for choice in training), flush=True)
     measured(TEACHER, 0, teacher, lambda: teachers["fine-tuned"])
-    layer_map = distill.uniform_layer_map(c.student.layers, c.teacher.layers)
+    layer_map = distill.uniform_layer_map(size.layers, teacher.size.layers)
     guides = {who: layer_tables(room, teacher, variables, layer_map) for who, variables in teachers.items()}
-    pupil = Pupil(room, c, student, guides, room.logits(teacher, teachers["fine-tuned"]))
+    soft = jax.nn.softmax(room.logits(teacher, teachers["fine-tuned"]))
+    pupil = Pupil(room, c, student, teacher.size.hidden, guides, soft)
     for seed in range(c.seeds):
         measured(SCRATCH, seed, student, partial(pupil.alone, f"{SCRATCH} {seed}", seed, 0.0))
         measured(SOFT, seed, student, partial(pupil.alone, f"{SOFT} {seed}", seed, 1.0))
@@ -284,23 +333,24 @@ def main(config: Config) -> _results.Result:
         measured(LABELS, seed, student, partial(both, LABELS, WHOLE, 0.0))
         for name, weights in LEFT_OUT.items():
             measured(name, seed, student, partial(both, name, weights))
-    return reported(c, room, figures, [strength, *training])
+    return reported(c, room, teacher, figures, [strength, *training])
 
 
-def reported(config: Config, room: TextRoom, figures: Any, choices: list[Choice]) -> _results.Result:
+def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choices: list[Choice]) -> _results.Result:
     """The result, its table and its figure."""
-    c, rows = config, gathered(figures)
+    c, rows, size = config, gathered(figures), teacher.size
     students = (SOFT, FULL, LABELS, *LEFT_OUT)
     lengths = np.sum(np.asarray(room.images) != PADDING, axis=1)
+    vocabulary = f"{len(room.vocabulary):,} " + (
+        "word pieces" if c.checkpoint else f"words that occur {c.at_least} times or more"
+    )
     result = room.result(
-        name=_distilling.named("distill_tinybert_pair", c.data, "before" if c.before else ""),
-        title=f"TinyBERT's recipe with a small pair, on {c.data}",
+        name=_distilling.named(f"distill_tinybert_{'checkpoint' if c.checkpoint else 'pair'}", c.data),
+        title=f"TinyBERT's recipe with {'a trained checkpoint' if c.checkpoint else 'a small pair'}, on {c.data}",
         source="Test accuracy in %. Jiao et al. 2020, table 6, report that without any of the losses the student is"
         " worse, most without the layers'; their pair learned from Wikipedia and GLUE.",
-        command=command("distill_sst2", c),
-        selection="lengths, rates and the share of masked words of the teacher by trials on validation data"
-        + (", and that layers are normalised before their halves" if c.before else "")
-        + "; the students' were fixed beforehand.",
+        command=command("distill_sst2", replace(c, checkpoint=Path("DIR")) if c.checkpoint else c),
+        selection=SELECTION["checkpoint" if c.checkpoint else "pair"],
         choices=choices,
         columns=[
             Column("accuracy", "test accuracy (%)"),
@@ -312,25 +362,24 @@ def reported(config: Config, room: TextRoom, figures: Any, choices: list[Choice]
         if c.seeds > 1
         else (),
         notes=[
-            f"Teacher {c.teacher.layers} layers of {c.teacher.hidden}, student {c.student.layers} of"
-            f" {c.student.hidden}, {c.teacher.heads} and {c.student.heads} heads; {len(room.vocabulary):,} words that"
-            f" occur {c.at_least} times or more, the first {c.tokens} of a sentence (mean {lengths.mean():.1f}); the"
-            f" head stands on the mean of the last layer; a layer's halves are normalised"
-            f" {'before' if c.before else 'behind'}. Logistic regression sees the whole sentence.",
+            f"Teacher {size.layers} layers of {size.hidden}, student {c.student.layers} of {c.student.hidden},"
+            f" {size.heads} and {c.student.heads} heads; {vocabulary}, the first {c.tokens} of a sentence (mean"
+            f" {lengths.mean():.1f}); the head stands on the mean of the last layer; a layer's halves are normalised"
+            f" {'before' if teacher.before else 'behind'}. Logistic regression sees the whole sentence.",
             f"{len(room.labels):,} sentences, batches of {room.batch}: the teacher guesses masked words for"
             f" {c.masked_epochs} epochs and learns labels for {c.labelled_epochs}; students learn from layers for"
             f" {c.general_epochs} and {c.epochs} epochs and from predictions for {c.epochs}; those without layers learn"
-            f" for as long. AdamW, largest rates {c.rate:g} and {c.student_rate:g}. Where labels or predictions are"
-            f" learned, {c.dropped:.0%} of the words are masked; the teacher has dropout"
-            f" {' or '.join(format(x, 'g') for x in c.dropout)}."
+            f" for as long. AdamW, largest rates {c.masked_rate:g}, {c.rate:g} and {c.student_rate:g}. Where labels or"
+            f" predictions are learned, {c.dropped:.0%} of the words are masked; the teacher has dropout {c.dropout:g}."
+            + (f" On labels its weights are averaged, {c.average:g} being kept a step." if c.average else "")
             + (
-                " Born again, the teacher that guesses words learns once more, from labels and, with weight"
-                f" {c.again:g}, from what it said the first time."
+                f" It learns the labels {c.fine_tunings} times, and born again once more, for {c.again_epochs} epochs,"
+                f" from the mean of what those say with weight {c.again:g} and from labels with the rest."
                 if c.again
                 else ""
             ),
-            "One teacher for all seeds. General and task text are the same sentences; no text was added, which the"
-            " paper found to matter most. Without a loss means in both phases of the layers.",
+            f"One teacher for all seeds. {origin(c.checkpoint) if c.checkpoint else NO_TEXT} Without a loss means in"
+            " both phases of the layers.",
         ],
     )
     return written(

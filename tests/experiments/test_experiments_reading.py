@@ -1,15 +1,21 @@
 """Sentences as data, the encoder's head and masked words, and TinyBERT's recipe on a short setting."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tyro
 
 from experiments import _distilling, _results, distill_sst2
-from experiments._bert import Size
+from experiments._bert import Bert, Size
+from experiments._bert_import import load_bert
 from experiments._distilling import Lesson
+from experiments._pieces import Pieces
 from experiments._reading import (
     MASKED,
     PADDING,
@@ -17,6 +23,7 @@ from experiments._reading import (
     Reader,
     TextRoom,
     Vocabulary,
+    averaged,
     dropped_words,
     log_frequencies,
     masked,
@@ -25,6 +32,38 @@ from experiments._reading import (
 from experiments.data import DataNotFoundError
 from experiments.data._texts import load_texts, texts_of
 from jaxcompress import distill
+
+REFERENCE = Path(__file__).parent / "bert_reference"
+"""A random BERT of `transformers`, with 30 rows of word pieces."""
+PIECES = ["a", "[PAD]", "the", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "##aff", "##a", "'", "s", ",", "re"]
+PIECES += [
+    "regression",
+    "data",
+    "##s",
+    "of",
+    "is",
+    "in",
+    "to",
+    "##ed",
+    "for",
+    "and",
+    "with",
+    "set",
+    "are",
+    "##set",
+    "b",
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The random BERT with a vocabulary beside it."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(REFERENCE / name, folder)
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +102,52 @@ def test_words_are_numbered_by_frequency():
     np.testing.assert_array_equal(vocabulary.rows(["a b c a", "b"], 3), [[4, 3, UNKNOWN], [3, PADDING, PADDING]])
     tokens = jnp.asarray(vocabulary.rows(["a b b", "b"], 3))
     np.testing.assert_allclose(np.exp(log_frequencies(tokens, 5)), np.array([1, 1, 1, 4, 2]) / 9, rtol=1e-6)
+
+
+SENTENCES = {
+    "the unaffable": ["the", "un", "##aff", "##able"],
+    "a data's datasets": ["a", "data", "'", "s", "data", "##set", "##s"],
+    "unaffx , aaa": ["[UNK]", ",", "a", "##a", "##a"],
+    "is,of the set": ["is", ",", "of", "the", "set"],
+}
+
+
+def test_words_are_cut_into_the_longest_pieces(checkpoint):
+    pieces = Pieces(checkpoint / "vocab.txt")
+    assert [PIECES[i] for i in pieces.order[:5]] == ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]"]
+    assert sorted(pieces.order) == list(range(len(PIECES))) and len(pieces) == 30
+    for row, cut in zip(pieces.rows(list(SENTENCES), 7), SENTENCES.values(), strict=True):
+        assert [PIECES[pieces.order[n]] for n in row if n != PADDING] == ["[CLS]", *cut[:5], "[SEP]"]
+    (checkpoint / "vocab.txt").write_text("[PAD]\n[UNK]\nthe\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt has no \[MASK\], \[CLS\], \[SEP\]: not the word pieces"):
+        Pieces(checkpoint / "vocab.txt")
+
+
+def test_word_pieces_are_those_of_transformers(checkpoint):
+    """On every bundled line, where transformers is there."""
+    transformers = pytest.importorskip("transformers")
+    pieces, theirs = Pieces(checkpoint / "vocab.txt"), transformers.BertTokenizer(str(checkpoint / "vocab.txt"))
+    texts = [*SENTENCES, *texts_of(load_texts("descriptions").train)]
+    for row, text in zip(pieces.rows(texts, 200), texts, strict=True):
+        assert pieces.order[row[row != PADDING]].tolist() == theirs(text)["input_ids"]
+
+
+def test_a_checkpoint_is_the_teacher_that_learns(checkpoint):
+    """With its pieces in our order the encoder says what it said in the checkpoint's."""
+    config = dataclasses.replace(distill_sst2.SHORT, checkpoint=checkpoint)
+    room, model, variables = distill_sst2.opened(config)
+    assert (model.size.layers, model.size.hidden, model.size.positions, model.before) == (2, 12, 8, False)
+    size, params = load_bert(checkpoint)
+    tokens = room.images[:20]
+    assert len(np.unique(tokens)) > 10
+    found = model.apply(variables, tokens, method=Reader.layers)
+    expected = Bert(size).apply({"params": params}, room.vocabulary.order[tokens], tokens != PADDING)
+    mask = np.asarray(tokens) != PADDING
+    for ours, theirs in zip(found.hidden, expected.hidden, strict=True):
+        np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
+    (checkpoint / "vocab.txt").write_text("\n".join(PIECES[:-1]))
+    with pytest.raises(ValueError, match="has 29 word pieces for 30 rows, and 16 positions for 8 tokens"):
+        distill_sst2.opened(config)
 
 
 def test_masked_words_are_berts():
@@ -128,6 +213,21 @@ def test_the_layers_losses_are_the_librarys():
     np.testing.assert_allclose(sum(parts.values()), whole, rtol=1e-5)
 
 
+def test_an_average_follows_what_learns(room):
+    """Against the mean of all parameters so far, which it is while the decay does not bind."""
+    loss = averaged(lambda params, extras, lesson: (jnp.sum((params["x"] - 3.0) ** 2), {}), 0.9)
+    start = {"params": {"x": jnp.zeros(2)}, "average": {"x": jnp.zeros(2)}}
+    learn = _distilling.Learner(room, lambda seed: start, loss, epochs=1, tx=optax.sgd(0.1))
+    learned = learn("average", 0, start=jax.tree.map(jnp.copy, start))
+    x, average = 0.0, 0.0
+    for step in range(learn.steps):
+        average += (1 - min(0.9, 1 - 1 / (step + 1))) * (x - average)
+        x -= 0.2 * (x - 3)
+    np.testing.assert_allclose(learned["average"]["x"], average, rtol=1e-5)
+    np.testing.assert_allclose(learned["params"]["x"], x, rtol=1e-5)
+    assert abs(x - average) > 1e-3
+
+
 @pytest.mark.slow
 def test_tinyberts_recipe(tmp_path):
     config = dataclasses.replace(distill_sst2.SHORT, out=tmp_path, resume=tmp_path / "kept")
@@ -136,9 +236,45 @@ def test_tinyberts_recipe(tmp_path):
     rows = {row.name: row.ours for row in result.rows}
     assert len(rows) == 9 and len(result.test_reads) == 9
     strength, training = result.choices
-    assert strength.what.startswith("C of") and list(training.scores) == ["dropout 0.1", "dropout 0.1, born again"]
+    assert strength.what.startswith("C of") and list(training.scores) == [
+        "labels, seed 0",
+        "labels, seed 1",
+        "born again",
+    ]
     assert rows[distill_sst2.BAG]["accuracy"].mean > 65  # a real task
     taught = [name for name in rows if "student" in name or "without" in name]
     assert len({rows[name]["accuracy"].values for name in taught}) > 2  # each loss does something
     assert len({rows[name]["size"].values for name in taught}) == 1  # the projection stays behind
     assert distill_sst2.main(config).rows == result.rows  # from what was kept
+
+
+@pytest.fixture
+def from_checkpoint(tmp_path, checkpoint):
+    """The short setting with that checkpoint, and a student with as many heads."""
+    student = distill_sst2.SHORT.student._replace(heads=3, hidden=6)
+    changed = {"student": student, "masked_epochs": 0, "fine_tunings": 1, "again": 0.0, "out": tmp_path}
+    return dataclasses.replace(distill_sst2.SHORT, checkpoint=checkpoint, **changed)
+
+
+def test_a_checkpoint_that_learns_labels(from_checkpoint):
+    """Without masked words the teacher of the first phase is the checkpoint as it is; its command gives it again."""
+    room, model, start = distill_sst2.opened(from_checkpoint)
+    teachers, choices = distill_sst2.taught(room, from_checkpoint, model, start)
+    jax.tree.map(np.testing.assert_array_equal, teachers["pretrained"], start)
+    moved = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), teachers["fine-tuned"], start)["params"]
+    assert moved["head"]["kernel"] > 0 and moved["bert"]["layer_0"]["query"]["kernel"] > 0 and not choices
+    bag, strength = distill_sst2.bag_of_words(room)
+    result = distill_sst2.reported(from_checkpoint, room, model, [(distill_sst2.BAG, 0, bag)], [strength])
+    assert result.name == "distill_tinybert_checkpoint_descriptions"
+    options = tyro.cli(distill_sst2.Config, args=result.command.split()[3:])
+    assert options.student == from_checkpoint.student and options.checkpoint == Path("DIR") and options.tokens == 8
+    assert "not one known here" in result.notes[2] and "30 word pieces" in result.notes[0]
+
+
+@pytest.mark.slow
+def test_tinyberts_recipe_from_a_checkpoint(from_checkpoint):
+    result = distill_sst2.main(from_checkpoint)
+    rows = {row.name: row.ours for row in result.rows}
+    assert len(rows) == 9 and rows[distill_sst2.BAG]["accuracy"].mean > 65
+    weights = sum(x.size for x in jax.tree.leaves(load_bert(from_checkpoint.checkpoint)[1]))
+    assert rows[distill_sst2.TEACHER]["size"].mean == weights - 8 * 12 + 12 * 2 + 2  # 8 positions of 16, and a head
