@@ -130,7 +130,7 @@ SELECTION = {
     "pair": "lengths, rates, the share of masked words of the teacher, that layers are normalised before their halves,"
     " averages and how it is born again, by eleven trials on validation data, two of them with four layers; the"
     " students' were fixed beforehand.",
-    "checkpoint": "nothing: lengths and rates were fixed beforehand.",
+    "checkpoint": "the teacher's rate and length after one trial of a single epoch; all else was fixed beforehand.",
 }
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
