@@ -62,17 +62,13 @@ def _top_k(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], labels, x.zero), tracer.value(call.avals[1], labels)]
 
 
-@rule("reduce_window_max", "reduce_window_min", run=lambda runner, step, inputs: _window_run(runner, step, inputs))
-def _extremum_window(tracer: Tracer, call: Call) -> list[Value]:
-    return _window(tracer, call)
-
-
 def _window_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
     if is_as_written():
         return [step.primitive.bind(*inputs, **step.params)]
     return [pool(step.primitive, inputs[0], step.params)]
 
 
+@rule("reduce_window_max", "reduce_window_min", run=_window_run)
 @rule("reduce_window_sum")
 def _window(tracer: Tracer, call: Call) -> list[Value]:
     (x,) = call.inputs

@@ -205,4 +205,5 @@ def _kept(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
 def relative_difference(a: np.ndarray, b: np.ndarray, scale: Any = None) -> float:
     """The largest difference, by `scale` or else by the largest value of `a`."""
     scale = np.abs(a).max(initial=0.0) if scale is None else scale
-    return float(np.abs(a - b).max(initial=0.0) / np.maximum(scale, 1e-30))
+    with np.errstate(invalid="ignore"):  # of what is not finite it is no number
+        return float(np.abs(a - b).max(initial=0.0) / np.maximum(scale, 1e-30))

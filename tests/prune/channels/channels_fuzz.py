@@ -45,8 +45,8 @@ def program(seed, length=6, kinds=()):
 
 
 def difference(seed, length=6, gradient=True, kinds=(), double=False):
-    """How far the cut program is from the masked one, in single or double precision; None if it has no exact group to
-    cut."""
+    """How far the cut program is from the masked one, in single or double precision; infinitely, where the masked one
+    overflows; None if it has no exact group to cut."""
     with jax.enable_x64(double):
         return _difference(seed, length, gradient, kinds)
 
@@ -65,5 +65,4 @@ def _difference(seed, length, gradient, kinds):
         return None
     plan = channels.from_units(groups, units)
     found = channels.verify(fn, params, plan, *args, gradient=gradient)
-    assert found.finite, fn.__name__
-    return max(found.forward, found.gradient or 0.0)
+    return max(found.forward, found.gradient or 0.0) if found.finite else np.inf
