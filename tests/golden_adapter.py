@@ -4,6 +4,7 @@
 examples is averaged here, and where a peer's number differs by a constant factor the factor stands here.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -333,7 +334,7 @@ def tinybert(x: Inputs, params: Params) -> jax.Array:
     teacher = distill.LayerOutputs(_numbered(x, "teacher_hidden"), _numbered(x, "teacher_att"))
     weights = {"kernel": x["fit_w"].T, "bias": x["fit_b"]}
     projector = distill.dense_projector(*weights["kernel"].shape)
-    project = lambda h: projector.apply(weights, h)  # noqa: E731
+    project = functools.partial(projector.apply, weights)
     return jnp.mean(distill.intermediate_loss(student, teacher, project=project))
 
 

@@ -35,7 +35,7 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
     if along is None or math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP:
         return False
     # codes stored with the contracted axis first are laid out anew for each product, for which one row does not pay
-    return along == 1 or (multiplies_bytes() and _rows(x, dims) != 1)
+    return along == 1 or (multiplies_bytes() and dims.rows(x) != 1)
 
 
 def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int32[Array, "*output"]:
@@ -46,7 +46,7 @@ def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int
 
 def suits(x: Array, w: Quantized, dims: Dims) -> bool:
     """Whether `by_digits` can, and is faster."""
-    rows = _rows(x, dims)
+    rows = dims.rows(x)
     most = FEW if w.size >= WORTH else FEWER if w.size >= LITTLE and _along(w, dims) == 1 else 0
     known = isinstance(rows, int) and 0 < rows <= most  # under jax.export it may be a symbol
     return known and is_float(x) and x.dtype.itemsize <= 4 and is_laid_for_integers(x, w, dims)
@@ -97,7 +97,3 @@ def _as_rows(x: Array, dims: Dims) -> Array:
 def _as_output(product: Array, x: Array, w: Quantized, dims: Dims) -> Array:
     outer = [x.shape[axis] for axis in dims.x_free(x.ndim)]
     return product.reshape(*outer, *(w.shape[axis] for axis in dims.w_free(w.ndim)))
-
-
-def _rows(x: Array, dims: Dims) -> int:
-    return math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))

@@ -67,8 +67,7 @@ def to_small_floats(x: Array, dtype: Any, keep: Sequence[int]) -> tuple[Array, A
       the other axes).
     """
     full, largest = x.astype(jnp.float32), float(jnp.finfo(dtype).max)
-    over = tuple(axis for axis in range(x.ndim) if axis not in keep)
-    scale = jnp.max(jnp.abs(full), axis=over, keepdims=True) / largest
+    scale = jnp.max(jnp.abs(full), axis=free_axes(x.ndim, keep), keepdims=True) / largest
     scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
     return jnp.clip(full / scale, -largest, largest).astype(dtype), scale
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Int8
 
-from jaxcompress.arrays._products import Dims
+from jaxcompress.arrays._products import Dims, doubled
 
 FEW, MANY = 8, 64  # rows; from MANY on the pieces' sums take more memory than they save time
 QUARTER, LONG, LONGER = 4, 1 << 10, 1 << 11  # for FEW rows a piece is a fourth and not LONG, for more not LONGER
@@ -28,7 +28,7 @@ def multiply_integers(x: Int8[Array, "..."], w: Int8[Array, "..."], dims: Dims) 
     def plain(x: Array, w: Array) -> Array:
         return lax.dot_general(x, w, dims.numbers, preferred_element_type=jnp.int32)
 
-    rows = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    rows = dims.rows(x)
     known = isinstance(rows, int) and 0 < rows < MANY  # under jax.export it may be a symbol
     if not known or jax.device_count() > 1 or len(dims.w_contract) != 1:  # pieces of a sharded axis would be gathered
         return plain(x, w)
@@ -37,19 +37,16 @@ def multiply_integers(x: Int8[Array, "..."], w: Int8[Array, "..."], dims: Dims) 
 
 def beats_bytes(x: Array, w_shape: Sequence[int], dims: Dims) -> bool:
     """Whether pieces of a weight stored so are quicker than `integer_codes`, where both can."""
-    rows = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    rows = dims.rows(x)
     few = isinstance(rows, int) and rows <= FEWER and math.prod(w_shape) < SMALL
     return few and len(dims.w_contract) == 1 and dims.w_contract[0] < len(w_shape) - 1
 
 
 def _quick(x: Array, w: Array, dims: Dims, rows: int) -> Array:
-    if rows > 1:
+    def product(x: Array) -> Array:
         return _in_pieces(x, w, dims, _piece(w, dims, rows))
-    free = dims.x_free(x.ndim)
-    twice = jnp.concatenate([x, x], axis=free[-1]) if free else jnp.stack([x, x], axis=-1)
-    last = len(dims.x_batch) + len(free) - bool(free)  # of the input's free axes, in the output
-    both = _in_pieces(twice, w, dims, _piece(w, dims, rows))
-    return lax.slice_in_dim(both, 0, 1, axis=last) if free else lax.index_in_dim(both, 0, axis=last, keepdims=False)
+
+    return product(x) if rows > 1 else doubled(product, x, dims)
 
 
 def _piece(w: Array, dims: Dims, rows: int) -> int:

@@ -51,7 +51,7 @@ def by_lanes(decode: Decode, x: Array, w: Any, dims: Dims, dtype: Any) -> Array:
     along, number = dims.w_contract[0], compute_dtype(x)
     batch, free, outer = dims.w_batch, dims.w_free(len(w.shape)), dims.x_free(x.ndim)
     terms = _terms(w.shape[along])
-    rows = math.prod(x.shape[axis] for axis in outer)
+    rows = dims.rows(x)
     laid = jnp.transpose(x, (*dims.x_contract, *dims.x_batch, *outer)).astype(number)
     stacked = [x.shape[axis] for axis in dims.x_batch]
     xs = laid.reshape(-1, terms, LANES, *stacked, rows, *[1] * len(free))

@@ -56,6 +56,10 @@ class Dims(NamedTuple):
         """The weight's axes that stay."""
         return free_axes(ndim, self.w_contract, self.w_batch)
 
+    def rows(self, x: Array) -> int:
+        """How many rows of input meet the weight; under jax.export it may be a symbol."""
+        return math.prod(x.shape[axis] for axis in self.x_free(x.ndim))
+
 
 def register_product(
     leaf: type[Leaf], otherwise: Callable[[Array, Any, "Dims"], Any] | None = None
@@ -120,6 +124,15 @@ def swap_free(product: Array, n_batch: int, n_x_free: int) -> Array:
     """A product with the input's free axes first, turned to have the weight's first."""
     middle = n_batch + n_x_free
     return jnp.transpose(product, (*range(n_batch), *range(middle, product.ndim), *range(n_batch, middle)))
+
+
+def doubled(product: Callable[[Array], Array], x: Array, dims: Dims) -> Array:
+    """`product(x)` of an input with a single row, computed twice: XLA runs a product of one row another way."""
+    free = dims.x_free(x.ndim)
+    last = len(dims.x_batch) + len(free)  # behind the input's free axes in the output
+    if not free:
+        return lax.index_in_dim(product(jnp.stack([x, x], axis=-1)), 0, axis=last, keepdims=False)
+    return lax.slice_in_dim(product(jnp.concatenate([x, x], axis=free[-1])), 0, 1, axis=last - 1)
 
 
 def compute_dtype(x: Array) -> Any:

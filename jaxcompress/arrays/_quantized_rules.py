@@ -29,6 +29,7 @@ from jaxcompress.arrays._products import (
     along_contracted,
     along_output,
     compute_dtype,
+    doubled,
     is_float,
     register_product,
 )
@@ -88,24 +89,18 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
             return _dot_columns(_dot_groups, x, w, dims, params)
 
         x, decode = _rounded_input(x, w, dims), _scaled if w.of_integers else None
-        return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims, "tpu"), decode=decode)
+        return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims), decode=decode)
     codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
     groups = functools.partial(_dot_groups, zero=zero)
     sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
     return sums * _along_weight(step, dims, w.ndim)
 
 
-def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims, on: str) -> Array:
-    """A product; on one platform a single row is computed twice, for XLA would write a wider weight out for one."""
-    rows = dims.x_free(x.ndim)
-    if not rows or any(x.shape[axis] != 1 for axis in rows):
+def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
+    """A product; on a TPU a single row is computed twice, for XLA would write a wider weight out for one."""
+    if not dims.x_free(x.ndim) or dims.rows(x) != 1:
         return product(x, w)
-
-    def twice() -> Array:
-        both = product(jnp.concatenate([x, x], axis=rows[-1]), w)
-        return lax.slice_in_dim(both, 0, 1, axis=len(dims.x_batch) + len(rows) - 1)
-
-    return lax.platform_dependent(**{on: twice}, default=lambda: product(x, w))
+    return lax.platform_dependent(tpu=lambda: doubled(lambda x: product(x, w), x, dims), default=lambda: product(x, w))
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
@@ -124,13 +119,13 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     """The product of integers, scaled by the inputs' steps."""
 
     def integers(codes: Array) -> Array:
-        whole = functools.partial(_dot_columns, lambda x, w, *_: _dot_integers(x, w.codes(), dims, params))
+        def whole() -> Array:
+            return _dot_columns(lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params)
+
         in_pieces = not w.turned and beats_bytes(codes, w.shape, dims)
         if not in_pieces and is_laid_for_integers(codes, w, dims):
-            return lax.platform_dependent(
-                cpu=lambda: integer_codes(codes, w, dims), default=lambda: whole(codes, w, dims, params)
-            )
-        by_lanes = w.size >= LARGE and all(codes.shape[axis] == 1 for axis in dims.x_free(codes.ndim))
+            return lax.platform_dependent(cpu=lambda: integer_codes(codes, w, dims), default=whole)
+        by_lanes = w.size >= LARGE and dims.rows(codes) == 1
         if w.length is None and params.get("out_sharding") is None and not by_lanes:
             return multiply_integers(codes, w.codes(), dims)
         # packed codes are unpacked into floats in tiles, which add up 1,024 products of two int8 as exactly as integers
@@ -139,7 +134,7 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             codes.astype(jnp.float32),
             w,
             dims,
-            whole=lambda: whole(codes, w, dims, params),
+            whole=whole,
             rows=8,
             depth=1 << 10,
             decode=_centred,

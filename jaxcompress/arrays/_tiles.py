@@ -66,7 +66,7 @@ def tiled(
       decode: what `product` multiplies by, as `by_lanes` wants it; without, few rows go tile by tile too.
     """
     at_once = whole if whole is not None else lambda: product(x, w)
-    count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    count = dims.rows(x)
     known = isinstance(count, int)  # under jax.export it may be a symbol
     plan = _plan_for(x, w, dims, depth)
     few = rows is None or not known or count <= rows
@@ -95,7 +95,7 @@ def is_tiled(x: Array, w: Tileable, dims: Dims) -> bool:
 
 
 def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
-    count = math.prod(x.shape[axis] for axis in dims.x_free(x.ndim))
+    count = dims.rows(x)
     count = count if isinstance(count, int) else FEW
     larger, least = (LARGER, WORTH) if count >= MANY else (1, SMALL)
     if math.prod(w.shape) < least:

@@ -150,6 +150,7 @@ def _backward(beta: float, hard: bool, chunk: int, residuals: Any, cotangent: ja
     hidden_gradient, head_gradient, like_head = residuals
     hidden_gradient = (cotangent * hidden_gradient).astype(hidden_gradient.dtype)
     head_gradient = (cotangent * head_gradient).astype(like_head.dtype)
+    # None: nothing flows there, which the fields' types, those of the tokens themselves, do not say
     return _Tokens(hidden_gradient, None, None, None), (head_gradient, None), None  # type: ignore[arg-type]
 
 

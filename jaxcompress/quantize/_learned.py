@@ -38,7 +38,7 @@ class Trained(Leaf):
         return jnp.asarray(self.materialise())
 
     def settled(self) -> Leaf:
-        """The compressed leaf of what was trained."""
+        """The compressed leaf of what was trained; each kind has its own."""
         raise NotImplementedError
 
 

@@ -183,6 +183,7 @@ class TargetCache:
             mass = np.log(-np.expm1(np.minimum(log_tail, 0)))
         few = mass[..., None] + scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
         indices, log_p, tail = records["indices"].astype(np.int32), few.astype(np.float32), log_tail
+        # of NumPy as all that is read here; the fields' type is that of the loss, which takes both
         return distill.TopKTargets(indices, log_p, tail)  # type: ignore[arg-type]
 
     def _records(self, examples: ArrayLike, seeds: ArrayLike) -> np.ndarray:

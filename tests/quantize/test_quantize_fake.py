@@ -143,7 +143,10 @@ def test_no_way_to_use_a_weight_lets_teacher_and_student_touch(rng):
         x = p["table"][tokens]  # looked up here, and a product at the end: tied
         x = x + x @ p["a"] + jnp.dot(x, p["b"]) + helper(x, p["c"])  # a to d are of one shape
         x = x + x @ (p["gain"] * p["d"] / jnp.linalg.norm(p["d"], axis=0))  # weight norm
-        cell = lambda h, x: (jnp.tanh(h @ p["state"] + x @ p["input"]), h)  # noqa: E731
+
+        def cell(h, x):
+            return jnp.tanh(h @ p["state"] + x @ p["input"]), h
+
         h, _ = jax.lax.scan(cell, jnp.zeros(x.shape[1:]), x)
         return h @ p["table"].T
 

@@ -241,7 +241,10 @@ def test_bias_correction_of_convolutions_and_norms(rng):
 
 def test_bias_correction_refuses(rng):
     params, x = {"w": jnp.ones((3, 2))}, jnp.ones((2, 3))
-    fn = lambda p, x: x @ p["w"]  # noqa: E731
+
+    def fn(p, x):
+        return x @ p["w"]
+
     small = quantize.convert(params, {"w": Affine(4)})
     with pytest.raises(ValueError, match="no compressed weight has a bias"):
         quantize.correct_biases(fn, params, small, [x])

@@ -125,7 +125,10 @@ def test_histograms_are_those_of_numpy_wherever_the_product_stands(rng):
 
 def test_refuses(rng):
     x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
-    product = lambda p, x: x @ p["w"]  # noqa: E731
+
+    def product(p, x):
+        return x @ p["w"]
+
     for fn, batches, message in [
         (product, [], "no batches"),
         (product, [jnp.full((2, 3), jnp.nan)], "not finite"),

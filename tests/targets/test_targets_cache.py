@@ -46,7 +46,10 @@ def teacher():
 
     def step(carry, _):
         params, state = carry
-        loss = lambda p: distill.hard_label_loss(apply(p, IMAGES), LABELS).mean()  # noqa: E731
+
+        def loss(p):
+            return distill.hard_label_loss(apply(p, IMAGES), LABELS).mean()
+
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         return (optax.apply_updates(params, updates), state), None
 
@@ -140,7 +143,10 @@ def test_bfloat16_stays_within_its_bound(tmp_path, full, live):
     student = apply(init((64, 16, 10), 1), augmented(examples, 1)) * 3
     for temperature in (1.0, TEMPERATURE, 20.0):
         bound = targets.rounding_bound(exact, temperature)
-        loss = lambda z, t, T=temperature: distill.soft_cross_entropy_loss(z, t, T)  # noqa: E731
+
+        def loss(z, t, T=temperature):
+            return distill.soft_cross_entropy_loss(z, t, T)
+
         gradients = [jax.grad(lambda z, t=t, loss=loss: loss(z, t).sum())(student) for t in (exact, rounded)]
         moved = np.abs(gradients[0] - gradients[1]).sum(-1)
         slack = 1e-5 * temperature  # float32 sums
@@ -288,7 +294,10 @@ def test_a_cache_of_others_is_refused(tmp_path):
 def test_damage_and_bad_input(tmp_path, rng):
     logits = rng.normal(size=(4, 5)).astype(np.float32)
     who = {"teacher": "t", "data": "d"}
-    make = lambda path, *batches, **kwargs: targets.build(path, lambda x: x, batches, **who, **kwargs)  # noqa: E731
+
+    def make(path, *batches, **kwargs):
+        return targets.build(path, lambda x: x, batches, **who, **kwargs)
+
     for call, message in [
         (lambda: make(tmp_path / "a"), "gave no example"),
         (lambda: make(tmp_path / "a", (np.arange(3), 0, logits)), "for 3 examples"),

@@ -37,6 +37,11 @@ def is_as_written() -> bool:
     return _as_written.get()
 
 
+def is_compressed(x: Any) -> bool:
+    """Whether a value, under `compressed`, stands for a leaf, which has rules of its own."""
+    return is_leaf(getattr(x, "value", None))
+
+
 def convolve(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
     """`lax.conv_general_dilated_p` with these parameters.
 
@@ -53,8 +58,7 @@ def convolve(x: jax.Array, kernel: jax.Array, **params: Any) -> jax.Array:
     in_order = numbers.lhs_spec == numbers.out_spec == (0, last, *range(1, last))
     whole = params["batch_group_count"] == 1 and all(d == 1 for d in params["lhs_dilation"])
     points = math.prod(kernel.shape[axis] for axis in numbers.rhs_spec[2:])
-    compressed = is_leaf(getattr(kernel, "value", None))  # and has a rule of its own
-    if _as_written.get() or compressed or not in_order or not whole:
+    if is_as_written() or is_compressed(kernel) or not in_order or not whole:
         return _as_is(x, kernel, params)
     if params["feature_group_count"] == 1:
         if points == 1 and not any(map(any, params["padding"])):

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from jax._src import source_info_util
 
-from jaxcompress.arrays import is_leaf
-from jaxcompress.prune.channels._convolve import is_as_written
+from jaxcompress.prune.channels._convolve import is_as_written, is_compressed
 from jaxcompress.prune.channels._labels import Label
 from jaxcompress.prune.channels._once import once, shared
 from jaxcompress.prune.channels._rules_shape import pick
@@ -74,7 +73,7 @@ class Runner:
                         f"{step.primitive} gave {np.shape(out)} where {self.shape(value)} was planned; "
                         "please report this, with the function"
                     )
-                env[value] = once(out) if value in kept and not is_leaf(getattr(out, "value", None)) else out
+                env[value] = once(out) if value in kept and not is_compressed(out) else out
         return [env[v] for v in tape.outputs]
 
     def _step(self, step: Step, inputs: list[Any]) -> Sequence[Any]:
