@@ -13,12 +13,12 @@ import optax
 
 from experiments import _pruning
 from experiments._artefacts import load_plain, save_plain
-from experiments._pruning import LAYERS, Lab, Strided, Trainer, sgd
+from experiments._pruning import LAYERS, Lab, Loss, Strided, Trainer, sgd
 from experiments._results import Column
 from experiments._shakespeare import CONTEXT, TEXTS, Decoder, load_text, next_characters
 from experiments._splits import Split
 from experiments.data import load
-from jaxcompress import compressed, quantize
+from jaxcompress import compressed, distill, quantize
 
 MODELS = (*LAYERS, "folded", "decoder")
 
@@ -222,3 +222,17 @@ def lab_for(config: Config) -> Images:
     if config.model == "decoder":
         return Characters(config)
     return Folded(config) if config.model == "folded" else Images(config)
+
+
+def taught(lab: Images, temperature: float, apply: Callable[[Any, jax.Array], jax.Array]) -> Loss:
+    """The loss of `apply`, from labels or from the float network: `arguments["share"]` is 0 or 1 (or between).
+
+    The float network is `arguments["teacher"]`, and its soft targets are of the given temperature.
+    """
+
+    def loss(params: Any, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
+        logits, teacher = apply(params, images), lab.apply(arguments["teacher"], images)
+        total = distill.distillation_loss(logits, teacher, labels, temperature=temperature, alpha=arguments["share"])
+        return jnp.mean(total), extras
+
+    return loss

@@ -1,28 +1,30 @@
 """Codebooks and where they begin: `python -m experiments.quantize_codebooks`.
 
 The experiment of Han et al. 2016 (section 5.2): the weights of a trained network share a few values a layer, found by
-k-means from Forgy's, density-based and linear centroids (and the optimal ones); then the values are trained. A figure
-shows the centroids of one layer over the histogram of its weights, before and after.
+k-means from Forgy's, density-based and linear centroids (and the optimal ones); then the values are trained, from the
+labels or from the float network's logits. A figure shows the centroids of one layer over the histogram of its weights,
+before and after.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from experiments import _quantizing, _results
 from experiments._pruning import command, write
-from experiments._quantizing import adam, keyed, lab_for
+from experiments._quantizing import adam, keyed, lab_for, taught
 from experiments._results import Row
 from jaxcompress import compressed, quantize
 from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves
 
 STARTS = ("forgy", "density", "linear", "optimal")
+TUNED = {", trained": 0.0, ", distilled": 1.0}
+"""How the values are trained, and the share of the float network's logits in it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Config(_quantizing.Config):
     """Epochs of training the values."""
     values_rate: float = 0.001
     """Of the values, by Adam: each gets the gradients of its whole cluster, and clusters differ in size."""
+    temperature: float = 4.0
+    """Of the distillation; the labels have no part in it."""
 
 
 SHORT = Config(seeds=2, epochs=3, tuning=1, centroids=(8, 2), batch_size=64)
@@ -45,15 +49,16 @@ def main(config: Config) -> _results.Result:
     """Trains, shares weights, trains the values, and writes the result and the figures."""
     lab = lab_for(config)
 
-    def loss(params: Any, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
-        whole = eqx.combine(params, arguments["indices"])
-        return compressed(lambda p: lab.loss(p, extras, arguments, images, labels, key)[0])(whole), extras
+    of_whole = taught(lab, config.temperature, compressed(lab.apply))
+
+    def loss(params: Any, extras: Any, arguments: Any, *batch: Any) -> Any:
+        return of_whole(eqx.combine(params, arguments["indices"]), extras, arguments, *batch)
 
     tuner = lab.trainer(adam, loss)
-    names = ["float", *(f"{start}{after}" for start in STARTS for after in ("", ", trained"))]
+    names = ["float", *(f"{start}{after}" for start in STARTS for after in ("", *TUNED))]
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     layer = lab.drawn_layer
-    drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    drawn: dict[str, tuple[np.ndarray, ...]] = {}
     weights = np.zeros(0)
     for seed in range(config.seeds):
         trained = lab.trained(seed)
@@ -63,16 +68,20 @@ def main(config: Config) -> _results.Result:
             for k in config.centroids:
                 small = quantize.convert(trained, {"kernel$": quantize.KMeans(k, start=start, seed=seed)})
                 values, indices = eqx.partition(small, eqx.is_inexact_array)
-                arguments = {"rate": jnp.float32(config.values_rate), "indices": indices}
-                tuned = eqx.combine(tuner(values, arguments, seed=100 + seed, epochs=config.tuning), indices)
-                for name, params in ((start, small), (f"{start}, trained", tuned)):
-                    figures = lab.tested(f"{name}, {k}, seed {seed}", params)
-                    found[name].setdefault(seed, {}).update(keyed(str(k), figures))
+                arguments = {"rate": jnp.float32(config.values_rate), "indices": indices, "teacher": trained}
+                ways = {"": small}
+                for after, share in TUNED.items():
+                    given = {**arguments, "share": jnp.float32(share)}
+                    tuned = tuner(values, given, seed=100 + seed, epochs=config.tuning)
+                    ways[after] = eqx.combine(tuned, indices)
+                for after, params in ways.items():
+                    figures = lab.tested(f"{start}{after}, {k}, seed {seed}", params)
+                    found[f"{start}{after}"].setdefault(seed, {}).update(keyed(str(k), figures))
                 if seed == 0 and k == config.centroids[0]:
-                    before, after = (
-                        np.sort(np.ravel(dict(named_leaves(p, is_leaf))[layer].centroids)) for p in (small, tuned)
+                    drawn[start] = tuple(
+                        np.sort(np.ravel(dict(named_leaves(ways[way], is_leaf))[layer].centroids))
+                        for way in ("", ", trained")
                     )
-                    drawn[start] = before, after
                     weights = np.ravel(dict(named_leaves(trained))[layer])
         print(f"seed {seed}: done", flush=True)
     result = lab.result(
@@ -85,7 +94,8 @@ def main(config: Config) -> _results.Result:
         rows=[Row.measured(name, by_seed) for name, by_seed in found.items()],
         notes=[
             lab.setting(),
-            f"Then {config.tuning} epochs for the values and the biases, the indices staying. All layers share values.",
+            f"Then {config.tuning} epochs for the values and the biases, the indices staying. All layers share values. "
+            f"Distilled: from the float network alone, at temperature {config.temperature:g}.",
         ],
     )
     lines = {row.name: [(k, row.ours[str(k)].values) for k in config.centroids] for row in result.rows}
@@ -95,7 +105,7 @@ def main(config: Config) -> _results.Result:
 
 
 def centroid_figure(
-    config: Config, name: str, weights: np.ndarray, drawn: dict[str, tuple[np.ndarray, np.ndarray]], layer: str
+    config: Config, name: str, weights: np.ndarray, drawn: dict[str, tuple[np.ndarray, ...]], layer: str
 ) -> None:
     """The histogram of a layer's weights; below it each beginning's centroids, before (o) and after training (x)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no plotting on import, and no global state

@@ -14,9 +14,9 @@ import tyro
 
 from experiments import _quantizing, _results
 from experiments._pruning import Trainer, command, write
-from experiments._quantizing import Images, keyed, lab_for
+from experiments._quantizing import Images, keyed, lab_for, taught
 from experiments._results import Row
-from jaxcompress import compressed, distill, quantize
+from jaxcompress import compressed, quantize
 from jaxcompress.quantize import Affine
 
 
@@ -61,15 +61,7 @@ PAPERS = (
 
 def trainer_for(lab: Images, config: Config, apply: Callable[[Any, jax.Array], jax.Array]) -> Trainer:
     """A training of `apply`, from labels (`share` 0) or from a teacher's logits (`share` 1)."""
-
-    def loss(params: Any, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
-        logits, teacher = apply(params, images), lab.apply(arguments["teacher"], images)
-        total = distill.distillation_loss(
-            logits, teacher, labels, temperature=config.temperature, alpha=arguments["share"]
-        )
-        return jnp.mean(total), extras
-
-    return lab.trainer(lab.optimizer, loss)
+    return lab.trainer(lab.optimizer, taught(lab, config.temperature, apply))
 
 
 def quantized(
