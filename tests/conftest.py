@@ -27,6 +27,15 @@ def frozen() -> Iterator[None]:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A slow test's compiled programs go with it: Linux maps 65,530 pieces of memory a process, a program takes dozens,
+    and the next compilation would be aborted."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
