@@ -1,7 +1,8 @@
 """Training under quantization: `python -m experiments.quantize_training`.
 
 A trained network is trained on under fake quantization, from its labels and from its float self, to few bits and to
-three and two values a weight; and with steps that are learned, for weights and inputs of few bits.
+three and two values a weight; and with steps that are learned, for weights and inputs of few bits. With `--formats` it
+is trained on in the formats of hardware and papers.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import _quantizing, _results
+from experiments import _quantizing, _results, quantize_post_training
 from experiments._pruning import Trainer, command, write
 from experiments._quantizing import Images, keyed, lab_for, taught
 from experiments._results import Row
@@ -30,6 +31,8 @@ class Config(_quantizing.Config):
     """Of the weights alone; ternary and binary weights come behind."""
     both: tuple[int, ...] = (4, 3, 2)
     """Of weights and inputs alike; may be empty."""
+    formats: bool = False
+    """Formats of hardware and papers in place of `bits` and `both`."""
     temperature: float = 4.0
     """Of the distillation; the labels have no part in it."""
 
@@ -42,15 +45,22 @@ OWN = quantize.Ternary(axes=(-1,), signed=True)
 """Trained ternary weights: the two values of each output are trained with the weights (Zhu et al. 2017)."""
 
 
+FORMATS = ("fp8 e5m2", "mx, fp8 e4m3", "mx, fp4 e2m1", "nf4, groups of 64", "4 bits, groups of 64")
+"""Those of `quantize_post_training` that lose something when they are rounded to, and the two of 8 bits beside them."""
+
+
 def of_weights(config: Config) -> dict[str, Any]:
     """Schemes of the weights alone: 2 bits have three even steps, as ternary weights do, but span the largest one."""
+    if config.formats:
+        return {name: quantize_post_training.FORMATS[name] for name in FORMATS}
     even = {f"{bits} bits": Affine(bits) for bits in config.bits}
     return {**even, "ternary": quantize.Ternary(axes=(-1,)), "ternary, own values": OWN, "binary": quantize.Binary()}
 
 
 def of_both(config: Config) -> dict[str, Affine]:
     """Schemes of weights and inputs."""
-    return {f"{bits}/{bits} bits": Affine(bits, symmetric=False, activation_bits=bits) for bits in config.both}
+    both = () if config.formats else config.both
+    return {f"{bits}/{bits} bits": Affine(bits, symmetric=False, activation_bits=bits) for bits in both}
 
 
 PAPERS = (
@@ -116,9 +126,10 @@ def main(config: Config) -> _results.Result:
                 figures = lab.tested(f"{name}, {key}, seed {seed}", params)
                 found[name].setdefault(seed, {}).update(keyed(key, figures))
         print(f"seed {seed}: done", flush=True)
-    if config.both:
-        _result(lab, config, found, "quantize_steps", "Few bits a weight and input", of_both(config), ROWS)
-    return _result(lab, config, found, "quantize_training", "Few bits a weight", of_weights(config), ROWS[:3])
+    if both := of_both(config):
+        _result(lab, config, found, "quantize_steps", "Few bits a weight and input", both, ROWS)
+    name, title = ("trained_formats", "Formats of weights") if config.formats else ("training", "Few bits a weight")
+    return _result(lab, config, found, f"quantize_{name}", title, of_weights(config), ROWS[:3])
 
 
 def _result(

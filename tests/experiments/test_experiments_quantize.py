@@ -56,7 +56,18 @@ def test_training_on_a_short_run(tmp_path):
     assert steps["learned steps"]["2/2 bits"] > steps["rounded"]["2/2 bits"]
 
 
-@pytest.mark.slow
+def test_formats_in_training_on_a_short_run(tmp_path):
+    config = dataclasses.replace(quantize_training.SHORT, out=tmp_path, seeds=1, tuning=1, formats=True)
+    result = quantize_training.main(config)
+    assert result.name == "quantize_trained_formats_lenet_digits"
+    mean = means(result)
+    assert set(mean) == {"float", "rounded", "trained", "distilled"} and set(mean["float"]) == set(
+        quantize_training.FORMATS
+    )
+    for way in ("rounded", "trained", "distilled"):
+        assert mean[way]["mx, fp8 e4m3"] > mean["float"]["mx, fp8 e4m3"] - 2
+
+
 def test_codebooks_on_a_short_run(tmp_path):
     result = quantize_codebooks.main(dataclasses.replace(quantize_codebooks.SHORT, out=tmp_path, seeds=1))
     assert _results.read(tmp_path / "quantize_codebooks_lenet_digits.json") == result
@@ -145,4 +156,13 @@ def test_recorded_steps(path):
 def test_recorded_codebooks(path):
     mean = means(_results.read(path))
     for start in ("density", "linear", "optimal"):
-        assert mean[f"{start}, trained"]["4"] > mean[start]["4"]
+        for way in ("trained", "distilled"):
+            assert mean[f"{start}, {way}"]["4"] > mean[start]["4"]
+
+
+@recorded("quantize_trained_formats_*.json")
+def test_recorded_formats_in_training(path):
+    mean = means(_results.read(path))
+    assert mean["rounded"]["mx, fp8 e4m3"] > mean["float"]["mx, fp8 e4m3"] - 0.5
+    for way in ("trained", "distilled"):
+        assert mean[way]["mx, fp4 e2m1"] > mean["rounded"]["mx, fp4 e2m1"] - 0.2  # nothing was lost that shows
