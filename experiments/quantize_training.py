@@ -63,6 +63,7 @@ def of_both(config: Config) -> dict[str, Affine]:
     return {f"{bits}/{bits} bits": Affine(bits, symmetric=False, activation_bits=bits) for bits in both}
 
 
+FORMATS_PAPERS = "The papers of nf4 and mx have larger models only."
 PAPERS = (
     "The papers have larger models: ternary weights lose 0.3 points on CIFAR-10 and binary ones 2.7 (Li et al. 2016, "
     "table 2); ternary ones with two learned values gain up to 0.4 (Zhu et al. 2017)."
@@ -144,7 +145,7 @@ def _result(
     result = lab.result(
         name=f"{name}_{config.model}_{config.data}",
         title=f"{title}, with and without training: {config.model} on {config.data}",
-        source=f"{lab.measured} {PAPERS}",
+        source=f"{lab.measured} {FORMATS_PAPERS if config.formats else PAPERS}",
         command=command("quantize_training", config),
         selection="nothing was chosen: rates, lengths, schemes and temperature were fixed beforehand",
         columns=columns,
