@@ -245,7 +245,6 @@ def test_a_heads_loss_by_hand():
     assert float(both) == pytest.approx((0.6 * sum(hard) + 0.4 * sum(soft) + smooth + 0.5 * bounded) / 2, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_the_detector_learns_and_its_students_run(tmp_path):
     room = SceneRoom(dataclasses.replace(SHORT, epochs=60))
     model = Detector((8, 8, 16), SHORT.sides)

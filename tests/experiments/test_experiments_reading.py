@@ -228,7 +228,6 @@ def test_an_average_follows_what_learns(room):
     assert abs(x - average) > 1e-3
 
 
-@pytest.mark.slow
 def test_tinyberts_recipe(tmp_path):
     config = dataclasses.replace(distill_sst2.SHORT, out=tmp_path, resume=tmp_path / "kept")
     result = distill_sst2.main(config)
