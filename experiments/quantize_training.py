@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
 
 from experiments import _quantizing, _results
@@ -67,11 +66,7 @@ PAPERS = (
 
 
 def trainer_for(lab: Images, config: Config, apply: Callable[[Any, jax.Array], jax.Array]) -> Trainer:
-    """A training of `apply`, from labels (`share` 0) or from a teacher's logits (`share` 1).
-
-    Steps whose gradient is not finite are left out: at two bits for weights and inputs a network without norms may
-    diverge until its products overflow, and what is left is measured as it is.
-    """
+    """A training of `apply`, from labels (`share` 0) or from a teacher's logits (`share` 1)."""
 
     def loss(params: Any, extras: Any, arguments: Any, images: jax.Array, labels: jax.Array, key: Any) -> Any:
         logits, teacher = apply(params, images), lab.apply(arguments["teacher"], images)
@@ -80,10 +75,7 @@ def trainer_for(lab: Images, config: Config, apply: Callable[[Any, jax.Array], j
         )
         return jnp.mean(total), extras
 
-    def optimizer(arguments: Any) -> optax.GradientTransformation:
-        return optax.apply_if_finite(lab.optimizer(arguments), max_consecutive_errors=2**30)
-
-    return lab.trainer(optimizer, loss)
+    return lab.trainer(lab.optimizer, loss)
 
 
 def quantized(
