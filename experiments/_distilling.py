@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,10 @@ import optax
 from experiments import _pruning, _results
 from experiments._artefacts import load_plain, save_plain
 from experiments._figures import bars
+from experiments._kept import kept, plain
 from experiments._pruning import curves
 from experiments._results import Row
-from experiments.data import Dataset, Read, load
+from experiments.data import Dataset, load
 from jaxcompress import distill, train
 
 __all__ = [
@@ -198,23 +197,7 @@ class Room:
         Raises:
           ValueError: what is kept is of other settings.
         """
-        if self.config.resume is None:
-            return measure()
-        path, setting = self.config.resume / f"{plain(what)}.json", self._setting()
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["setting"] != setting:
-                raise ValueError(f"{path} is of other settings: {found['setting']}; take another --resume folder")
-            self.dataset.test.include(Read(**read) for read in found["reads"])
-            return found["value"]
-        before = len(self.dataset.test.reads)
-        value = measure()
-        reads = [dataclasses.asdict(read) for read in self.dataset.test.reads[before:]]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"setting": setting, "reads": reads, "value": value}), encoding="utf-8")
-        temporary.replace(path)
-        return value
+        return kept(self.config.resume, what, self._setting(), self.dataset.test, measure)
 
     def trained(self, what: str, model: nn.Module, learn: Callable[[], Variables]) -> Variables:
         """The variables that `learn` returns, or that it returned when this experiment was cut off."""
@@ -370,11 +353,6 @@ def jittered(by: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return cut(padded, starts)
 
     return augment
-
-
-def plain(what: str) -> str:
-    """A name for a file."""
-    return re.sub("[^a-z0-9]+", "_", what.lower())
 
 
 def named(*parts: str) -> str:

@@ -292,7 +292,7 @@ def command(module: str, config: Any) -> str:
     changed = [
         argument
         for field in dataclasses.fields(config)
-        if field.name not in ("data_dir", "out", "floats")
+        if field.name not in ("data_dir", "out", "floats", "resume")
         for argument in _arguments(field.name.replace("_", "-"), getattr(config, field.name), field.default)
     ]
     data = [] if config.data in ("digits", "pydoc") else ["--data-dir DIR"]

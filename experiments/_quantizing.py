@@ -45,6 +45,15 @@ def adam(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
     return optax.adam(lambda step: rate * (1 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1))) / 2)
 
 
+def guarded(arguments: Mapping[str, Any]) -> optax.GradientTransformation:
+    """`sgd` that leaves out steps whose gradient is not finite.
+
+    At two bits for weights and inputs a network without norms may diverge until its products overflow; what is left of
+    it is measured as it is.
+    """
+    return optax.apply_if_finite(sgd(arguments), max_consecutive_errors=2**30)
+
+
 def keyed(key: str, figures: Mapping[str, float]) -> dict[str, float]:
     """Figures of a scheme by the keys of their columns, as `Images.columns` names them."""
     return {f"{key}{suffix}": value for suffix, value in figures.items()}
@@ -144,6 +153,7 @@ class Images(Lab):
 class Folded(Images):
     """Convolutions trained with batch normalisation; what is quantized has it folded into kernels and biases."""
 
+    optimizer = staticmethod(guarded)
     rates = (0.1, 0.01)
     widths = (16, 32, 64)
     hidden = 64

@@ -5,8 +5,11 @@ three and two values a weight; and with steps that are learned, for weights and 
 is trained on in the formats of hardware and papers.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments import _quantizing, _results, quantize_post_training
+from experiments._kept import kept
 from experiments._pruning import Trainer, command, write
 from experiments._quantizing import Images, keyed, lab_for, taught
 from experiments._results import Row
@@ -35,6 +39,8 @@ class Config(_quantizing.Config):
     """Formats of hardware and papers in place of `bits` and `both`."""
     temperature: float = 4.0
     """Of the distillation; the labels have no part in it."""
+    resume: Path | None = None
+    """A folder that keeps what was measured, so that a command that was cut off, or has other bits, goes on there."""
 
 
 SHORT = Config(seeds=2, epochs=3, tuning=2, batch_size=64)
@@ -77,31 +83,34 @@ def trainer_for(lab: Images, config: Config, apply: Callable[[Any, jax.Array], j
 
 def quantized(
     lab: Images, config: Config, trainers: dict[str, Trainer], key: str, scheme: Any, trained: Any, seed: int
-) -> Iterator[tuple[str, Any]]:
-    """The float network quantized by one scheme in each way, with the row's name."""
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """How the float network is quantized by one scheme, in each way: the row's name, and what does it."""
     rules = {"kernel$": scheme}
     arguments = {"rate": jnp.float32(lab.tuning_rate), "teacher": trained}
 
     def tuned(trainer: Trainer, params: Any, share: float) -> Any:
         return trainer(params, {**arguments, "share": jnp.float32(share)}, seed=100 + seed, epochs=config.tuning)
 
+    def learned(share: float, **options: Any) -> Any:
+        return quantize.settle(tuned(trainers["learned"], quantize.learn(trained, rules, **options), share))
+
+    def converted(share: float) -> Any:
+        return quantize.convert(tuned(trainers[key], trained, share), rules)
+
     if scheme == OWN:
-        begun = quantize.learn(trained, rules)
-        yield "rounded", quantize.settle(begun)
-        yield "trained", quantize.settle(tuned(trainers["learned"], begun, 0.0))
-        yield "distilled", quantize.settle(tuned(trainers["learned"], begun, 1.0))
+        yield "rounded", lambda: quantize.settle(quantize.learn(trained, rules))
+        yield "trained", lambda: learned(0.0)
+        yield "distilled", lambda: learned(1.0)
         return
-    yield "rounded", quantize.convert(trained, rules)
-    yield "trained", quantize.convert(tuned(trainers[key], trained, 0.0), rules)
-    yield "distilled", quantize.convert(tuned(trainers[key], trained, 1.0), rules)
+    yield "rounded", lambda: quantize.convert(trained, rules)
+    yield "trained", lambda: converted(0.0)
+    yield "distilled", lambda: converted(1.0)
     if isinstance(scheme, Affine) and scheme.activation_bits is not None:
         how = quantize.LeastSquares()
         ranges = quantize.input_ranges(lab.apply, trained, [lab.images[:512]], rules, how, symmetric=False)
-        learned = quantize.learn(trained, rules, ranges)
-        yield "learned steps", quantize.settle(tuned(trainers["learned"], learned, 0.0))
-        yield "learned steps, distilled", quantize.settle(tuned(trainers["learned"], learned, 1.0))
-        clipped = quantize.learn(trained, rules, ranges, inputs="pact")
-        yield "learned steps, inputs by PACT", quantize.settle(tuned(trainers["learned"], clipped, 0.0))
+        yield "learned steps", lambda: learned(0.0, ranges=ranges)
+        yield "learned steps, distilled", lambda: learned(1.0, ranges=ranges)
+        yield "learned steps, inputs by PACT", lambda: learned(0.0, ranges=ranges, inputs="pact")
 
 
 ROWS = ("rounded", "trained", "distilled", "learned steps", "learned steps, distilled", "learned steps, inputs by PACT")
@@ -117,14 +126,25 @@ def main(config: Config) -> _results.Result:
         if scheme != OWN
     }
     trainers["learned"] = trainer_for(lab, config, compressed(lab.apply))  # compiled anew for each kind of leaf
+    elsewhere = dataclasses.replace(config, data_dir=None, out=Path(), floats=None, resume=None, seeds=0)
+    setting = repr(dataclasses.replace(elsewhere, bits=(), both=()))  # of one figure, whatever else the table has
+
+    def keep(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        return kept(config.resume, what, setting, lab.dataset.test, measure)
+
+    def made_and_tested(what: str, make: Callable[[], Any]) -> dict[str, float]:
+        return lab.tested(what, make())
+
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("float", *ROWS)}
     for seed in range(config.seeds):
         trained = lab.trained(seed)
-        in_float = lab.tested(f"float, seed {seed}", trained)
+        in_float = keep(f"float, seed {seed}", partial(lab.tested, f"float, seed {seed}", trained))
         found["float"][seed] = {k: v for key in chosen for k, v in keyed(key, in_float).items()}
         for key, scheme in chosen.items():
-            for name, params in quantized(lab, config, trainers, key, scheme, trained, seed):
-                figures = lab.tested(f"{name}, {key}, seed {seed}", params)
+            for name, make in quantized(lab, config, trainers, key, scheme, trained, seed):
+                what = f"{name}, {key}, seed {seed}"
+                figures = keep(what, partial(made_and_tested, what, make))
+                print(f"{what}: {figures}", flush=True)
                 found[name].setdefault(seed, {}).update(keyed(key, figures))
         print(f"seed {seed}: done", flush=True)
     if both := of_both(config):

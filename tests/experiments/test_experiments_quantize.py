@@ -17,6 +17,7 @@ from experiments import (
     quantize_post_training,
     quantize_training,
 )
+from jaxcompress import quantize
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 
@@ -48,12 +49,34 @@ def test_post_training_on_a_short_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_on_a_short_run(tmp_path):
-    result = quantize_training.main(dataclasses.replace(quantize_training.SHORT, out=tmp_path, seeds=1))
+def test_training_on_a_short_run(tmp_path, monkeypatch):
+    """Every arm; and a table of fewer bits from what was kept, without training under quantization."""
+    config = dataclasses.replace(quantize_training.SHORT, out=tmp_path, seeds=1, resume=tmp_path / "kept")
+    result = quantize_training.main(config)
     assert _results.read(tmp_path / "quantize_training_lenet_digits.json") == result
     mean, steps = means(result), means(_results.read(tmp_path / "quantize_steps_lenet_digits.json"))
     assert mean["trained"]["binary"] > mean["rounded"]["binary"]
     assert steps["learned steps"]["2/2 bits"] > steps["rounded"]["2/2 bits"]
+    assert "kept" not in result.command
+    monkeypatch.setattr(quantize_training, "trainer_for", lambda *_: None)
+    fewer = quantize_training.main(dataclasses.replace(config, bits=(3,), both=(), out=tmp_path / "again"))
+    assert means(fewer)["distilled"] == {key: mean["distilled"][key] for key in means(fewer)["distilled"]}
+    assert {read.model for read in fewer.test_reads} < {read.model for read in result.test_reads}
+
+
+def test_a_training_that_diverges_is_measured_too():
+    """Weights of 1e25 make products that overflow: the steps behind are left out, so that weights stay finite."""
+    config = quantize_training.Config(model="folded", epochs=1, tuning=1)
+    lab = _quantizing.lab_for(config)
+    scheme = {"kernel$": quantize.Affine(2, symmetric=False, activation_bits=2)}
+    trainer = quantize_training.trainer_for(lab, config, quantize.fake(lab.apply, scheme))
+    begun = lab.trained(0)
+    arguments = {"rate": jnp.float32(1e25), "teacher": begun, "share": jnp.float32(0)}
+    params = trainer(begun, arguments, seed=0, epochs=1)
+    assert jnp.max(jnp.abs(params["Dense_0"]["kernel"])) > 1e20
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(quantize.convert(params, scheme)))
+    with pytest.raises(ValueError, match="finite"):
+        quantize.convert(lab.trainer(_quantizing.sgd)(begun, arguments, seed=0, epochs=1), scheme)
 
 
 def test_formats_in_training_on_a_short_run(tmp_path):
