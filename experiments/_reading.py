@@ -59,6 +59,7 @@ class TextRoom(Room):
         self.config, self.tokens = config, tokens
         self.dataset = load_texts(config.data, config.data_dir)
         train, validation = self.dataset.train, self.dataset.validation
+        self.texts = texts_of(train)[: config.examples]
         self.vocabulary = vocabulary or Vocabulary(texts_of(train), at_least)
         self.images, self.labels = self.numbered(train)
         self.images, self.labels = self.images[: config.examples], self.labels[: config.examples]
