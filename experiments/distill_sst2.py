@@ -43,6 +43,7 @@ from experiments._reading import (
     dropped_words,
     layer_tables,
     log_frequencies,
+    mixed,
     word_loss,
 )
 from experiments._results import Column
@@ -96,7 +97,11 @@ class Config(_distilling.Config):
     not."""
     bag: float = 0.33
     """Of those predictions, the share that is a bag of words' and pairs'; the fine-tunings share the rest."""
-    again_epochs: int = 7
+    mixed: int = 2
+    """How many sentences of mixed words it reads then beside each of the training sentences."""
+    replaced: float = 0.7
+    """The share of a mixed sentence's words that come from others."""
+    again_epochs: int = 4
     """Of the training in which it is born again."""
     dropped: float = 0.3
     """The share of the words that are masked where labels or predictions are learned."""
@@ -116,6 +121,7 @@ SHORT = Config(
     average=0.9,
     fine_tunings=2,
     again=0.5,
+    mixed=1,
     again_epochs=1,
 )
 """A run of seconds, for tests; its accuracies mean little."""
@@ -233,7 +239,7 @@ def taught(room: TextRoom, c: Config, model: Reader, start: Any, bag: _bags.Bag)
     """The teacher that guesses words, and the same after it learned the labels; and how it was to learn those.
 
     It learns them several times, and where it is born again once more, from what all of those and a bag say together
-    beside the labels.
+    beside the labels, of the training sentences and of such of mixed words.
     """
 
     def copied(variables: Any) -> Any:
@@ -245,7 +251,7 @@ def taught(room: TextRoom, c: Config, model: Reader, start: Any, bag: _bags.Bag)
         bias = log_frequencies(room.images, len(room.vocabulary))
         return learn("teacher, masked words", 0, knobs=bias, start=copied(start))
 
-    def labelling(epochs: int) -> Learner:
+    def labelling(room: TextRoom, epochs: int) -> Learner:
         loss = logits_loss(model, predicted, dropped_words(c.dropped))
         loss = averaged(loss, c.average) if c.average else loss
         return room.learner(model, loss, epochs=epochs, tx=optimizer(c.rate, epochs * room.steps))
@@ -255,22 +261,26 @@ def taught(room: TextRoom, c: Config, model: Reader, start: Any, bag: _bags.Bag)
         learned = learn(f"teacher, {name}", seed, start=first, rows=rows, knobs=share)
         return {PARAMS: learned["average" if c.average else PARAMS]}
 
+    def again(name: str) -> Any:
+        more = [text for i in range(c.mixed) for text in mixed(room.texts, c.replaced, i)]
+        wide = room.enlarged(more)
+        said = together(c.bag, bag.probabilities(wide.texts), [wide.logits(model, v) for v in found.values()])
+        wide.labels = jnp.concatenate([room.labels, jnp.argmax(said[len(room.labels) :], axis=1)])
+        return label(name, c.fine_tunings, labelling(wide, c.again_epochs), said, c.again)
+
     def right(name: str, split: Split) -> float:
         return _distilling.accuracy(room.logits(model, found[name], room.numbered(split)[0]), room.validation[1])
 
     pretrained = room.trained("teacher, masked words", model, guess) if c.masked_epochs else start
-    alone, nothing = labelling(c.labelled_epochs), jnp.zeros((len(room.labels), room.dataset.classes))
+    alone, nothing = labelling(room, c.labelled_epochs), jnp.zeros((len(room.labels), room.dataset.classes))
     found = {
         name: room.trained(f"teacher, {name}", model, partial(label, name, seed, alone, nothing, 0.0))
         for seed in range(c.fine_tunings)
         for name in (f"labels, seed {seed}",)
     }
     if c.again:
-        said = together(c.bag, bag.probabilities(room.texts), [room.logits(model, v) for v in found.values()])
         name = "born again"
-        found[name] = room.trained(
-            f"teacher, {name}", model, partial(label, name, c.fine_tunings, labelling(c.again_epochs), said, c.again)
-        )
+        found[name] = room.trained(f"teacher, {name}", model, partial(again, name))
     best, choice = select("the teacher's training on labels", tuple(found), right, room.dataset.validation)
     return {"pretrained": pretrained, "fine-tuned": found[best]}, [choice] if len(found) > 1 else []
 
@@ -365,7 +375,8 @@ def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choi
             + (
                 f" It learns the labels {c.fine_tunings} times, and born again once more, for {c.again_epochs} epochs,"
                 f" from the mean of what those say, {c.bag:.0%} of it what the bag of words and pairs says, with weight"
-                f" {c.again:g} and from labels with the rest."
+                f" {c.again:g} and from labels with the rest; beside each sentence it reads {c.mixed} of which"
+                f" {c.replaced:.0%} of the words are from other sentences."
                 if c.again
                 else ""
             ),

@@ -27,6 +27,7 @@ from experiments._reading import (
     dropped_words,
     log_frequencies,
     masked,
+    mixed,
     word_loss,
 )
 from experiments.data import DataNotFoundError
@@ -226,6 +227,20 @@ def test_an_average_follows_what_learns(room):
     np.testing.assert_allclose(learned["average"]["x"], average, rtol=1e-5)
     np.testing.assert_allclose(learned["params"]["x"], x, rtol=1e-5)
     assert abs(x - average) > 1e-3
+
+
+def test_mixed_sentences_keep_lengths_and_words(room):
+    """At each place the same words as before; a share of the sentence's own; and they are read behind the sentences."""
+    texts = [" ".join(f"{i}.{place}" for place in range(1 + i % 20)) for i in range(400)]
+    changed = [text.split() for text in mixed(texts, 0.7, 0)]
+    assert [len(row) for row in changed] == [1 + i % 20 for i in range(400)]
+    assert all(word.endswith(f".{place}") for row in changed for place, word in enumerate(row))
+    own = [word.startswith(f"{i}.") for i, row in enumerate(changed) for word in row]
+    assert abs(np.mean(own) - 0.3) < 0.03
+    assert mixed(texts, 0.0, 0) == texts and mixed(texts, 0.7, 0) != mixed(texts, 0.7, 1)
+    wide = room.enlarged(["data set"])
+    assert len(wide.images) == len(room.images) + 1 == len(wide.texts) and (wide.images[:-1] == room.images).all()
+    assert len(room.texts) == len(room.images) and wide.vocabulary is room.vocabulary
 
 
 def test_bags_of_words_and_of_pairs(room):
