@@ -98,7 +98,7 @@ class Config(_distilling.Config):
     bag: float = 0.33
     """Of those predictions, the share that is a bag of words' and pairs'; the fine-tunings share the rest."""
     mixed: int = 2
-    """How many sentences of mixed words it reads then beside each of the training sentences."""
+    """How many sentences of mixed words it reads then beside each of the training sentences; two did not help."""
     replaced: float = 0.7
     """The share of a mixed sentence's words that come from others."""
     again_epochs: int = 4
@@ -134,7 +134,7 @@ LABELS = "without the prediction loss: labels instead"
 NO_TEXT = "General and task text are the same sentences; no text was added, which the paper found to matter most."
 SELECTION = {
     "pair": "lengths, rates, the share of masked words of the teacher, that layers are normalised before their halves,"
-    " averages and how it is born again, by eleven trials on validation data, two of them with four layers; the"
+    " averages and how it is born again, by fourteen trials on validation data, two of them with four layers; the"
     " students' were fixed beforehand.",
     "checkpoint": "the teacher's rate and length after one trial of a single epoch; all else was fixed beforehand.",
 }
@@ -375,9 +375,13 @@ def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choi
             + (
                 f" It learns the labels {c.fine_tunings} times, and born again once more, for {c.again_epochs} epochs,"
                 f" from the mean of what those say, {c.bag:.0%} of it what the bag of words and pairs says, with weight"
-                f" {c.again:g} and from labels with the rest; beside each sentence it reads {c.mixed} of which"
-                f" {c.replaced:.0%} of the words are from other sentences."
+                f" {c.again:g} and from labels with the rest."
                 if c.again
+                else ""
+            )
+            + (
+                f" To each sentence come {c.mixed} with {c.replaced:.0%} of the words mixed."
+                if c.again and c.mixed
                 else ""
             ),
             f"One teacher for all seeds. {origin(c.checkpoint) if c.checkpoint else NO_TEXT} Without a loss means in"
