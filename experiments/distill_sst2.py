@@ -97,11 +97,11 @@ class Config(_distilling.Config):
     not."""
     bag: float = 0.33
     """Of those predictions, the share that is a bag of words' and pairs'; the fine-tunings share the rest."""
-    mixed: int = 2
+    mixed: int = 0
     """How many sentences of mixed words it reads then beside each of the training sentences; two did not help."""
     replaced: float = 0.7
     """The share of a mixed sentence's words that come from others."""
-    again_epochs: int = 4
+    again_epochs: int = 7
     """Of the training in which it is born again."""
     dropped: float = 0.3
     """The share of the words that are masked where labels or predictions are learned."""
