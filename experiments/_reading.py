@@ -1,6 +1,7 @@
 """Sentences as numbers of words, an encoder that reads them, and what it learns by: masked words, and labels."""
 
 import collections
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ class TextRoom(Room):
         self.config, self.tokens = config, tokens
         self.dataset = load_texts(config.data, config.data_dir)
         train, validation = self.dataset.train, self.dataset.validation
+        self.texts = texts_of(train)[: config.examples]
         self.vocabulary = vocabulary or Vocabulary(texts_of(train), at_least)
         self.images, self.labels = self.numbered(train)
         self.images, self.labels = self.images[: config.examples], self.labels[: config.examples]
@@ -66,6 +68,14 @@ class TextRoom(Room):
         self.batch = min(config.batch_size, len(self.labels))
         self.steps = len(self.labels) // self.batch
         self._test, self._forward, self._init = None, {}, {}
+
+    def enlarged(self, texts: Sequence[str]) -> "TextRoom":
+        """The same with further training sentences behind its own, whose labels are to be set."""
+        room = copy.copy(self)
+        room.texts = [*self.texts, *texts]
+        room.images = jnp.asarray(self.vocabulary.rows(room.texts, self.tokens))
+        room.steps = len(room.texts) // self.batch
+        return room
 
     def numbered(self, split: Split) -> tuple[jax.Array, jax.Array]:
         """A split's words and labels."""
@@ -187,6 +197,17 @@ def dropped_words(share: float) -> Any:
         return jnp.where(gone, MASKED, tokens)
 
     return augment
+
+
+def mixed(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """The sentences with this share of their words each from the same place of another one."""
+    rng, rows = np.random.default_rng(seed), [text.split() for text in texts]
+    for place in range(max(map(len, rows))):
+        there = [row for row in rows if len(row) > place]
+        words = [there[i][place] for i in rng.permutation(len(there))]
+        for row, word, draw in zip(there, words, rng.random(len(there)), strict=True):
+            row[place] = word if draw < share else row[place]
+    return [" ".join(row) for row in rows]
 
 
 def layer_tables(room: TextRoom, model: Reader, variables: Mapping[str, Any], layer_map: Sequence[int]) -> Any:

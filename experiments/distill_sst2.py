@@ -1,10 +1,11 @@
 """TinyBERT's recipe, scaled down: `python -m experiments.distill_sst2 --data-dir DIR` (Jiao et al. 2020).
 
-A teacher of 12 layers learns to guess masked words of SST-2's training sentences, and then their labels. A student of
-4 narrower layers takes over its layers, first from the teacher that only guesses words, then from the one that knows
-the task, and then its predictions; the student from scratch, the student on soft targets alone, and the recipe with
-each loss left out stand beside it, and logistic regression on the bag of words. With `--checkpoint DIR` the teacher is
-a BERT that somebody else has trained, as Hugging Face keeps it, and sentences are cut into its word pieces.
+A teacher of 12 layers learns to guess masked words of SST-2's training sentences, and then their labels, several times;
+it is born again from what all of those and a bag of words and pairs predict together. A student of 4 narrower layers
+takes over its layers, first from the teacher that only guesses words, then from the one that knows the task, and then
+its predictions; the student from scratch, the student on soft targets alone, and the recipe with each loss left out
+stand beside it, and logistic regression on bags of words. With `--checkpoint DIR` the teacher is a BERT that somebody
+else has trained, as Hugging Face keeps it, and sentences are cut into its word pieces.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,10 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
 
-from experiments import _distilling, _results
+from experiments import _bags, _distilling, _results
 from experiments._bert import Size
 from experiments._distilling import (
     PARAMS,
@@ -44,12 +43,12 @@ from experiments._reading import (
     dropped_words,
     layer_tables,
     log_frequencies,
+    mixed,
     word_loss,
 )
 from experiments._results import Column
 from experiments._selection import Choice, select
 from experiments._splits import Split
-from experiments.data._texts import texts_of
 from jaxcompress import distill
 
 DEEP, SHALLOW = Size(12, 48, 2, 96), Size(4, 24, 2, 48)
@@ -96,6 +95,12 @@ class Config(_distilling.Config):
     again: float = 1.0
     """Where it is born again, how much weight the predictions of all those have, the labels having the rest; 0: it is
     not."""
+    bag: float = 0.33
+    """Of those predictions, the share that is a bag of words' and pairs'; the fine-tunings share the rest."""
+    mixed: int = 0
+    """How many sentences of mixed words it reads then beside each of the training sentences; two did not help."""
+    replaced: float = 0.7
+    """The share of a mixed sentence's words that come from others."""
     again_epochs: int = 7
     """Of the training in which it is born again."""
     dropped: float = 0.3
@@ -116,11 +121,12 @@ SHORT = Config(
     average=0.9,
     fine_tunings=2,
     again=0.5,
+    mixed=1,
     again_epochs=1,
 )
 """A run of seconds, for tests; its accuracies mean little."""
 
-TEACHER, BAG = "teacher", "bag of words, logistic regression"
+TEACHER = "teacher"
 SCRATCH, SOFT, FULL = "student from scratch", "student, soft targets alone", "student, all phases and losses"
 WHOLE = {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}
 LEFT_OUT = {f"without the {key} loss": WHOLE | {key: 0.0} for key in WHOLE}
@@ -128,11 +134,10 @@ LABELS = "without the prediction loss: labels instead"
 NO_TEXT = "General and task text are the same sentences; no text was added, which the paper found to matter most."
 SELECTION = {
     "pair": "lengths, rates, the share of masked words of the teacher, that layers are normalised before their halves,"
-    " averages and how it is born again, by eleven trials on validation data, two of them with four layers; the"
-    " students' were fixed beforehand.",
+    " averages and how it is born again, by fourteen trials on validation data, two of them with four layers, and a"
+    " whole run with mixed sentences, whose test figures played no part; the students' were fixed beforehand.",
     "checkpoint": "the teacher's rate and length after one trial of a single epoch; all else was fixed beforehand.",
 }
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def layer_losses(
@@ -217,21 +222,6 @@ def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps), weight_decay=0.01)
 
 
-def bag_of_words(room: TextRoom) -> tuple[dict[str, float], Choice]:
-    """Test accuracy of logistic regression on which words a whole sentence has, and how strong it was bound."""
-    train, validation = room.dataset.train, room.dataset.validation
-    count = CountVectorizer(token_pattern=r"\S+", binary=True)
-    seen = count.fit_transform(texts_of(train))
-    models = {c: LogisticRegression(C=c, max_iter=1000).fit(seen, train.labels) for c in STRENGTHS}
-
-    def right(c: float, split: Split) -> float:
-        return 100 * float(models[c].score(count.transform(texts_of(split)), split.labels))
-
-    best, choice = select("C of the logistic regression", STRENGTHS, right, validation)
-    test = room.dataset.test.read(for_model=BAG)
-    return {"accuracy": right(best, test), "validation": right(best, validation), "size": seen.shape[1] + 1}, choice
-
-
 def opened(c: Config) -> tuple[TextRoom, Reader, dict[str, Any]]:
     """The sentences, and the teacher with its first variables: fresh ones, or a checkpoint's below a fresh head."""
     if c.checkpoint is None:
@@ -245,11 +235,11 @@ def opened(c: Config) -> tuple[TextRoom, Reader, dict[str, Any]]:
     return room, model, {PARAMS: {**room.init(model, 0)[PARAMS], "bert": params}}
 
 
-def taught(room: TextRoom, c: Config, model: Reader, start: Any) -> tuple[dict[str, Any], list[Choice]]:
+def taught(room: TextRoom, c: Config, model: Reader, start: Any, bag: _bags.Bag) -> tuple[dict[str, Any], list[Choice]]:
     """The teacher that guesses words, and the same after it learned the labels; and how it was to learn those.
 
-    It learns them several times, and where it is born again once more, from what all of those say together beside the
-    labels.
+    It learns them several times, and where it is born again once more, from what all of those and a bag say together
+    beside the labels, of the training sentences and of such of mixed words.
     """
 
     def copied(variables: Any) -> Any:
@@ -261,7 +251,7 @@ def taught(room: TextRoom, c: Config, model: Reader, start: Any) -> tuple[dict[s
         bias = log_frequencies(room.images, len(room.vocabulary))
         return learn("teacher, masked words", 0, knobs=bias, start=copied(start))
 
-    def labelling(epochs: int) -> Learner:
+    def labelling(room: TextRoom, epochs: int) -> Learner:
         loss = logits_loss(model, predicted, dropped_words(c.dropped))
         loss = averaged(loss, c.average) if c.average else loss
         return room.learner(model, loss, epochs=epochs, tx=optimizer(c.rate, epochs * room.steps))
@@ -271,24 +261,34 @@ def taught(room: TextRoom, c: Config, model: Reader, start: Any) -> tuple[dict[s
         learned = learn(f"teacher, {name}", seed, start=first, rows=rows, knobs=share)
         return {PARAMS: learned["average" if c.average else PARAMS]}
 
+    def again(name: str) -> Any:
+        more = [text for i in range(c.mixed) for text in mixed(room.texts, c.replaced, i)]
+        wide = room.enlarged(more)
+        said = together(c.bag, bag.probabilities(wide.texts), [wide.logits(model, v) for v in found.values()])
+        wide.labels = jnp.concatenate([room.labels, jnp.argmax(said[len(room.labels) :], axis=1)])
+        return label(name, c.fine_tunings, labelling(wide, c.again_epochs), said, c.again)
+
     def right(name: str, split: Split) -> float:
         return _distilling.accuracy(room.logits(model, found[name], room.numbered(split)[0]), room.validation[1])
 
     pretrained = room.trained("teacher, masked words", model, guess) if c.masked_epochs else start
-    alone, nothing = labelling(c.labelled_epochs), jnp.zeros((len(room.labels), room.dataset.classes))
+    alone, nothing = labelling(room, c.labelled_epochs), jnp.zeros((len(room.labels), room.dataset.classes))
     found = {
         name: room.trained(f"teacher, {name}", model, partial(label, name, seed, alone, nothing, 0.0))
         for seed in range(c.fine_tunings)
         for name in (f"labels, seed {seed}",)
     }
     if c.again:
-        said = distill.ensemble_targets(jnp.stack([room.logits(model, variables) for variables in found.values()]))
         name = "born again"
-        found[name] = room.trained(
-            f"teacher, {name}", model, partial(label, name, c.fine_tunings, labelling(c.again_epochs), said, c.again)
-        )
+        found[name] = room.trained(f"teacher, {name}", model, partial(again, name))
     best, choice = select("the teacher's training on labels", tuple(found), right, room.dataset.validation)
     return {"pretrained": pretrained, "fine-tuned": found[best]}, [choice] if len(found) > 1 else []
+
+
+def together(share: float, bag: np.ndarray, logits: list[jax.Array]) -> jax.Array:
+    """Probabilities `[examples, classes]`: the bag's with this share, and those of readers, which share the rest."""
+    weights = jnp.array([share, *[(1 - share) / len(logits)] * len(logits)])
+    return distill.ensemble_targets(jnp.stack([jnp.log(bag), *logits]), weights=weights)
 
 
 def main(config: Config) -> _results.Result:
@@ -309,9 +309,9 @@ def main(config: Config) -> _results.Result:
         figures.append((name, seed, room.kept(f"{name}, seed {seed}", measure)))
         print(f"{name}, seed {seed}: {figures[-1][2]['validation']:.2f} on validation data", flush=True)
 
-    bag, strength = bag_of_words(room)
-    figures.append((BAG, 0, bag))
-    teachers, training = taught(room, c, teacher, start)
+    bags = [_bags.measured(room), _bags.measured(room, pairs=True)]
+    figures += [(name, 0, bag.figures) for name, bag in zip((_bags.WORDS, _bags.PAIRS), bags, strict=True)]
+    teachers, training = taught(room, c, teacher, start, bags[1].bag)
     print(*(choice.scores for choice in training), flush=True)
     measured(TEACHER, 0, teacher, lambda: teachers["fine-tuned"])
     layer_map = distill.uniform_layer_map(size.layers, teacher.size.layers)
@@ -333,7 +333,7 @@ def main(config: Config) -> _results.Result:
         measured(LABELS, seed, student, partial(both, LABELS, WHOLE, 0.0))
         for name, weights in LEFT_OUT.items():
             measured(name, seed, student, partial(both, name, weights))
-    return reported(c, room, teacher, figures, [strength, *training])
+    return reported(c, room, teacher, figures, [*(bag.choice for bag in bags), *training])
 
 
 def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choices: list[Choice]) -> _results.Result:
@@ -374,8 +374,14 @@ def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choi
             + (f" On labels its weights are averaged, {c.average:g} being kept a step." if c.average else "")
             + (
                 f" It learns the labels {c.fine_tunings} times, and born again once more, for {c.again_epochs} epochs,"
-                f" from the mean of what those say with weight {c.again:g} and from labels with the rest."
+                f" from the mean of what those say, {c.bag:.0%} of it what the bag of words and pairs says, with weight"
+                f" {c.again:g} and from labels with the rest."
                 if c.again
+                else ""
+            )
+            + (
+                f" To each sentence come {c.mixed} with {c.replaced:.0%} of the words mixed."
+                if c.again and c.mixed
                 else ""
             ),
             f"One teacher for all seeds. {origin(c.checkpoint) if c.checkpoint else NO_TEXT} Without a loss means in"

@@ -11,7 +11,7 @@ import optax
 import pytest
 import tyro
 
-from experiments import _distilling, _results, distill_sst2
+from experiments import _bags, _distilling, _results, distill_sst2
 from experiments._bert import Bert, Size
 from experiments._bert_import import load_bert
 from experiments._distilling import Lesson
@@ -27,6 +27,7 @@ from experiments._reading import (
     dropped_words,
     log_frequencies,
     masked,
+    mixed,
     word_loss,
 )
 from experiments.data import DataNotFoundError
@@ -228,19 +229,65 @@ def test_an_average_follows_what_learns(room):
     assert abs(x - average) > 1e-3
 
 
+def test_mixed_sentences_keep_lengths_and_words(room):
+    """At each place the same words as before; a share of the sentence's own; and they are read behind the sentences."""
+    texts = [" ".join(f"{i}.{place}" for place in range(1 + i % 20)) for i in range(400)]
+    changed = [text.split() for text in mixed(texts, 0.7, 0)]
+    assert [len(row) for row in changed] == [1 + i % 20 for i in range(400)]
+    assert all(word.endswith(f".{place}") for row in changed for place, word in enumerate(row))
+    own = [word.startswith(f"{i}.") for i, row in enumerate(changed) for word in row]
+    assert abs(np.mean(own) - 0.3) < 0.03
+    assert mixed(texts, 0.0, 0) == texts and mixed(texts, 0.7, 0) != mixed(texts, 0.7, 1)
+    wide = room.enlarged(["data set"])
+    assert len(wide.images) == len(room.images) + 1 == len(wide.texts) and (wide.images[:-1] == room.images).all()
+    assert len(room.texts) == len(room.images) and wide.vocabulary is room.vocabulary
+
+
+def test_bags_of_words_and_of_pairs(room):
+    """Ratios against counts by hand; pairs tell an order apart, words do not; both learn the bundled lines."""
+    texts, labels = ["a b", "b a", "a b c", "b a c"], np.array([1, 0, 1, 0])
+    bag = _bags.Bag(texts, labels, 1.0, pairs=True)
+    names = bag.count.get_feature_names_out().tolist()
+    assert sorted(names) == ["a", "a b", "a c", "b", "b a", "b c", "c"]
+    ratios = dict(zip(names, bag.weights, strict=True))
+    assert ratios["a b"] == pytest.approx(np.log(3 / 1)) == -ratios["b a"] and ratios["a"] == pytest.approx(0)
+    assert ratios["b c"] == pytest.approx(np.log(2)) == -ratios["a c"]
+    found = bag.probabilities(["a b", "b a"])
+    assert found[0, 1] > 0.6 > 0.4 > found[1, 1] and found.sum(1).tolist() == pytest.approx([1, 1])
+    np.testing.assert_allclose(_bags.Bag(texts, labels, 1.0).probabilities(texts), 0.5, atol=1e-3)
+    for pairs in (False, True):
+        bag, figures, choice = _bags.measured(room, pairs)
+        assert figures["validation"] == max(choice.scores.values()) > 65 and figures["accuracy"] > 65
+        assert figures["size"] == len(bag.count.vocabulary_) + 1
+
+
+def test_several_teachers_at_once():
+    """The bag's share, and the rest in equal parts."""
+    bag, logits = np.array([[0.9, 0.1]]), [jnp.zeros((1, 2)), jnp.log(jnp.array([[0.2, 0.8]]))]
+    found = distill_sst2.together(0.4, bag, logits)
+    np.testing.assert_allclose(
+        found, [[0.4 * 0.9 + 0.3 * 0.5 + 0.3 * 0.2, 0.4 * 0.1 + 0.3 * 0.5 + 0.3 * 0.8]], rtol=1e-6
+    )
+
+
 def test_tinyberts_recipe(tmp_path):
     config = dataclasses.replace(distill_sst2.SHORT, out=tmp_path, resume=tmp_path / "kept")
     result = distill_sst2.main(config)
     assert _results.read(tmp_path / f"{result.name}.json") == result
     rows = {row.name: row.ours for row in result.rows}
-    assert len(rows) == 9 and len(result.test_reads) == 9
-    strength, training = result.choices
-    assert strength.what.startswith("C of") and list(training.scores) == [
-        "labels, seed 0",
-        "labels, seed 1",
-        "born again",
-    ]
-    assert rows[distill_sst2.BAG]["accuracy"].mean > 65  # a real task
+    assert len(rows) == 10 and len(result.test_reads) == 10
+    strength, of_pairs, training = result.choices
+    assert (
+        of_pairs.what.endswith("on words and pairs")
+        and strength.what.startswith("C of")
+        and list(training.scores)
+        == [
+            "labels, seed 0",
+            "labels, seed 1",
+            "born again",
+        ]
+    )
+    assert rows[_bags.WORDS]["accuracy"].mean > 65  # a real task
     taught = [name for name in rows if "student" in name or "without" in name]
     assert len({rows[name]["accuracy"].values for name in taught}) > 2  # each loss does something
     assert len({rows[name]["size"].values for name in taught}) == 1  # the projection stays behind
@@ -258,12 +305,12 @@ def from_checkpoint(tmp_path, checkpoint):
 def test_a_checkpoint_that_learns_labels(from_checkpoint):
     """Without masked words the teacher of the first phase is the checkpoint as it is; its command gives it again."""
     room, model, start = distill_sst2.opened(from_checkpoint)
-    teachers, choices = distill_sst2.taught(room, from_checkpoint, model, start)
+    words = _bags.measured(room)
+    teachers, choices = distill_sst2.taught(room, from_checkpoint, model, start, words.bag)
     jax.tree.map(np.testing.assert_array_equal, teachers["pretrained"], start)
     moved = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), teachers["fine-tuned"], start)["params"]
     assert moved["head"]["kernel"] > 0 and moved["bert"]["layer_0"]["query"]["kernel"] > 0 and not choices
-    bag, strength = distill_sst2.bag_of_words(room)
-    result = distill_sst2.reported(from_checkpoint, room, model, [(distill_sst2.BAG, 0, bag)], [strength])
+    result = distill_sst2.reported(from_checkpoint, room, model, [(_bags.WORDS, 0, words.figures)], [words.choice])
     assert result.name == "distill_tinybert_checkpoint_descriptions"
     options = tyro.cli(distill_sst2.Config, args=result.command.split()[3:])
     assert options.student == from_checkpoint.student and options.checkpoint == Path("DIR") and options.tokens == 8
@@ -274,6 +321,6 @@ def test_a_checkpoint_that_learns_labels(from_checkpoint):
 def test_tinyberts_recipe_from_a_checkpoint(from_checkpoint):
     result = distill_sst2.main(from_checkpoint)
     rows = {row.name: row.ours for row in result.rows}
-    assert len(rows) == 9 and rows[distill_sst2.BAG]["accuracy"].mean > 65
+    assert len(rows) == 10 and rows[_bags.WORDS]["accuracy"].mean > 65
     weights = sum(x.size for x in jax.tree.leaves(load_bert(from_checkpoint.checkpoint)[1]))
     assert rows[distill_sst2.TEACHER]["size"].mean == weights - 8 * 12 + 12 * 2 + 2  # 8 positions of 16, and a head
