@@ -37,6 +37,7 @@ __all__ = [
     "Mlp",
     "Room",
     "accuracy",
+    "alike",
     "bars",
     "command",
     "curves",
@@ -341,6 +342,18 @@ def guided(logits: jax.Array, lesson: Lesson) -> jax.Array:
     """Soft targets with weight `alpha`, labels with the rest; `rows` are the teacher's logits. Alpha 0 is `hard`."""
     alpha, temperature = lesson.knobs["alpha"], lesson.knobs["temperature"]
     return distill.distillation_loss(logits, lesson.rows, lesson.labels, alpha=alpha, temperature=temperature)
+
+
+def alike(probabilities: jax.Array, labels: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Soft targets `[examples, classes]` of class similarity alone, as sure on average as a teacher (Tang et al. 2020).
+
+    Args:
+      probabilities: the teacher's, `[examples, classes]`.
+      labels: `[examples]`.
+      kernel: of the teacher's last layer, `[features, classes]`.
+    """
+    sure = float(jnp.take_along_axis(probabilities, labels[:, None], axis=1).mean())
+    return distill.class_similarity_teacher(kernel, labels, sharpness=1 / 0.3, confidence=sure)
 
 
 def jittered(by: int) -> Callable[[jax.Array, jax.Array], jax.Array]:

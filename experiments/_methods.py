@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments._distilling import Lesson
+from experiments._distilling import Lesson, alike
 from jaxcompress import distill
 
 T = 4.0
@@ -206,6 +206,4 @@ def synthetic(logits: jax.Array, labels: jax.Array, kernel: jax.Array) -> dict[s
       kernel: of the teacher's last layer, `[features, classes]`.
     """
     p = distill.temperature_softmax(logits, T)
-    sure = float(jnp.take_along_axis(p, labels[:, None], axis=1).mean())
-    alike = distill.class_similarity_teacher(kernel, labels, sharpness=1 / 0.3, confidence=sure)
-    return {"weighing": distill.reweighting_teacher(p, labels), "alike": alike}
+    return {"weighing": distill.reweighting_teacher(p, labels), "alike": alike(p, labels, kernel)}

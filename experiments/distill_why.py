@@ -22,6 +22,7 @@ from experiments._distilling import (
     Mlp,
     Room,
     accuracy,
+    alike,
     bars,
     command,
     gathered,
@@ -213,15 +214,14 @@ def partly(config: Config, known: Known) -> _results.Result:
         teacher = school.teach(0.0, seed)
         p = distill.temperature_softmax(room.logits(school.teacher, teacher), c.temperature)
         correct = jnp.take_along_axis(p, labels[:, None], axis=1)
-        kernel = teacher["params"][f"Dense_{len(c.teacher)}"]["kernel"]
-        alike = distill.class_similarity_teacher(kernel, labels, sharpness=1 / 0.3, confidence=float(correct.mean()))
-        others = alike * (1 - jax.nn.one_hot(labels, classes))
+        similar = alike(p, labels, teacher["params"][f"Dense_{len(c.teacher)}"]["kernel"])
+        others = similar * (1 - jax.nn.one_hot(labels, classes))
         both = correct * jax.nn.one_hot(labels, classes) + (1 - correct) * others / others.sum(1, keepdims=True)
         spread = distill.smooth_labels(labels, classes, 1 - correct.mean(), onto_wrong_only=True)
         arms = {
             "distilled": p,
             "re-weighting alone": distill.reweighting_teacher(p, labels),
-            "class similarity alone": alike,
+            "class similarity alone": similar,
             "re-weighting and class similarity": both,
             "smoothing at the teacher's mean confidence": spread,
         }
