@@ -108,12 +108,17 @@ def quantized(
     if isinstance(scheme, Affine) and scheme.activation_bits is not None:
         how = quantize.LeastSquares()
         ranges = quantize.input_ranges(lab.apply, trained, [lab.images[:512]], rules, how, symmetric=False)
+        calibrated = trainer_for(lab, config, quantize.fake(lab.apply, rules, ranges))
+        yield CALIBRATED, lambda: quantize.static(quantize.convert(tuned(calibrated, trained, 0.0), rules), ranges)
         yield "learned steps", lambda: learned(0.0, ranges=ranges)
         yield "learned steps, distilled", lambda: learned(1.0, ranges=ranges)
         yield "learned steps, inputs by PACT", lambda: learned(0.0, ranges=ranges, inputs="pact")
 
 
-ROWS = ("rounded", "trained", "distilled", "learned steps", "learned steps, distilled", "learned steps, inputs by PACT")
+CALIBRATED = "trained, calibrated ranges"
+"""Straight through, with one range for all inputs of a layer, found beforehand; in "trained" each row has its own."""
+LEARNED = ("learned steps", "learned steps, distilled", "learned steps, inputs by PACT")
+ROWS = ("rounded", "trained", "distilled", CALIBRATED, *LEARNED)
 """What `quantized` makes: of the weights alone, the first three."""
 
 

@@ -23,7 +23,7 @@ from jaxcompress.quantize._codebook import Ternary
 from jaxcompress.quantize._convert import named
 from jaxcompress.quantize._fake import FakeQuantized
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
-from jaxcompress.quantize._steps import to_steps
+from jaxcompress.quantize._steps import to_steps, whole
 
 
 class Trained(Leaf):
@@ -54,6 +54,8 @@ class Learned(Trained):
     """Of the weight's grid, one a block, of the weight's rank."""
     input_step: Float[Array, "*stack"] | None
     """Of the inputs' grid, or its largest value where `input_rule` is "pact"; of the weight's rank. `None`: dynamic."""
+    input_low: Float[Array, "*stack"] | None
+    """The smallest value of the inputs' grid; `None`: zero where `unsigned`, else the largest with its sign turned."""
     bits: int = eqx.field(static=True)
     symmetric: bool = eqx.field(static=True)
     group: tuple[int, int] | None = eqx.field(static=True)
@@ -82,19 +84,26 @@ class Learned(Trained):
         return FakeQuantized(weight, self.activation_bits, *self.input_grid(), input_rule=self.input_rule)
 
     def input_grid(self) -> tuple[Array, Array | None]:
-        """Step and zero point (a constant, if any) of the inputs, of the weight's rank."""
+        """Step and zero point (not rounded; `None` for a symmetric grid) of the inputs, of the weight's rank."""
         assert self.activation_bits is not None and self.input_step is not None
-        low, high = input_limits(self.activation_bits, self.unsigned)
-        zero = jnp.full(self.input_step.shape, low, jnp.float32) if self.unsigned else None
+        low, high = self._input_limits()
         step = positive(self.input_step)
-        return step / (high - low if self.unsigned else high) if self.input_rule == "pact" else step, zero
+        if low == -high:
+            return step / high if self.input_rule == "pact" else step, None
+        least = jnp.zeros_like(step) if self.input_low is None else jnp.minimum(self.input_low, 0.0)
+        step = (step - least) / (high - low) if self.input_rule == "pact" else step
+        return step, low - least / step
+
+    def _input_limits(self) -> tuple[int, int]:
+        assert self.activation_bits is not None
+        return input_limits(self.activation_bits, self.unsigned or self.input_low is not None)
 
     def settled(self) -> Quantized:
         """The weight as integers on the steps that were learned."""
         low, high = self._spec().limits
         step = positive(self.step)
         codes = jnp.round(self.weight.astype(jnp.float32) / _spread(step, self.weight.shape, self._spec()))
-        input_scale, input_zero_point = (None, None) if self.input_step is None else self.input_grid()
+        input_scale, input_zero = (None, None) if self.input_step is None else self.input_grid()
         return Quantized.from_codes(
             jnp.clip(codes, low, high),
             step,
@@ -103,7 +112,7 @@ class Learned(Trained):
             group=self.group,
             activation_bits=self.activation_bits,
             input_scale=input_scale,
-            input_zero_point=input_zero_point,
+            input_zero_point=None if input_zero is None else whole(input_zero, self._input_limits()),
         )
 
     def _spec(self) -> Affine:
@@ -123,7 +132,9 @@ def learn(
 
     Learned step size quantization (Esser et al. 2020): `q = round(clip(w / s, -Qn, Qp)) s`, whose gradient to `s` is
     `round(w/s) - w/s` inside and the limit outside, times `1 / sqrt(n Qp)` for `n` weights (or features) a step. The
-    step begins at `2 mean|w| / sqrt(Qp)`.
+    step begins as LSQ+ has it (Bhalgat et al. 2020), at `(|mean w| + 3 std w) / 2 ** (bits - 1)`: LSQ's `2 mean|w| /
+    sqrt(Qp)` is too large with 4 bits. Of inputs between ends that are no mirror images the lower end is learned too,
+    as in LSQ+.
 
         ranges = quantize.input_ranges(model.apply, params, batches, rules, quantize.LeastSquares(), symmetric=False)
         params = quantize.learn(params, rules, ranges)
@@ -136,8 +147,8 @@ def learn(
         2 bits, four values instead of three. There is no zero point then either.
       ranges: where the inputs' steps begin, from `input_ranges` with the same rules; without, the inputs of rules with
         `activation_bits` get steps as they come. Inputs that are never negative get all integers for what is positive.
-      inputs: how the inputs' steps learn. "pact": the largest value is learned (Choi et al. 2018, equation 3), from
-        what is clipped only; the paper has a weight decay on it (the leaf's `input_step`). `None`: they stay.
+      inputs: how the inputs' steps learn. "pact": the ends are learned, from what is clipped only (Choi et al. 2018,
+        equation 3, has the upper one, and a weight decay on it: the leaf's `input_step`). `None`: they stay.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
@@ -176,22 +187,23 @@ def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: st
         weight = check_float(weight)
         if isinstance(spec, Ternary):
             return LearnedTernary.of(weight, spec)
-        mean = _over_blocks(jnp.mean, jnp.abs(weight.astype(jnp.float32)), spec)
+        step = _first_step(weight.astype(jnp.float32), spec)
     except (TypeError, ValueError) as error:
         raise named(error, name) from error
-    step = 2 * mean / jnp.sqrt(jnp.float32(spec.limits[1]))
-    unsigned, input_step = False, None
+    unsigned, input_step, input_low = False, None, None
     if low_high is not None:
-        bits, unsigned = spec.activation_bits or 8, bool(np.all(low_high.low >= 0) and np.any(low_high.high > 0))
-        size = np.maximum(-low_high.low, low_high.high)
-        input_step, _ = steps_of(name, Range(0 * size if unsigned else -size, size), weight.ndim, bits)
+        input_step, zero = steps_of(name, low_high, weight.ndim, spec.activation_bits or 8)
+        low, high = input_limits(spec.activation_bits or 8, zero is not None)
+        unsigned = bool(np.all(low_high.low >= 0) and np.any(low_high.high > 0))
+        if zero is not None and not unsigned:
+            input_low = (low - zero) * input_step
         if rule == "pact":
-            low, high = input_limits(bits, unsigned)
-            input_step = input_step * (high - low if unsigned else high)
+            input_step = input_step * (high - (0 if zero is None else zero))
     return Learned(
         weight=weight,
-        step=jnp.where(step > 1e-30, step, 1.0),
+        step=step,
         input_step=input_step,
+        input_low=input_low,
         bits=spec.bits,
         symmetric=spec.symmetric,
         group=None if spec.group is None else (spec.group[0] % weight.ndim - weight.ndim, spec.group[1]),
@@ -199,6 +211,13 @@ def _learned(name: str, weight: Any, spec: Any, low_high: Range | None, rule: st
         input_rule=None if low_high is None else rule,
         unsigned=unsigned,
     )
+
+
+def _first_step(weight: Array, spec: Affine) -> Array:
+    mean = _over_blocks(jnp.mean, weight, spec)
+    deviation = jnp.sqrt(_over_blocks(jnp.mean, (weight - _spread(mean, weight.shape, spec)) ** 2, spec))
+    step = (jnp.abs(mean) + 3 * deviation) / 2 ** (spec.bits - 1)
+    return jnp.where(step > 1e-30, step, 1.0)
 
 
 class LearnedTernary(Trained):

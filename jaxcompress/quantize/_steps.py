@@ -28,24 +28,36 @@ def to_steps(
     * "pact" (Choi et al. 2018, equation 3): the limit outside, and nothing inside;
     * `None`: zero.
 
+    Where x is clipped the result moves with the grid, and so the zero point has a gradient there, `-step`, under the
+    same rules; that of its rounding is straight through. With `zero_point = smallest - low / step` the gradients to
+    `step` and `low` are those of LSQ+ (Bhalgat et al. 2020, equations 3 to 6).
+
     Args:
       x: weights or activations.
       step: positive, float32, broadcastable to `x`.
-      zero_point: an integer as float32, broadcastable to `x`; `None` for 0.
+      zero_point: the integer that means zero, as float32 that is rounded here, broadcastable to `x`; `None` for 0.
       limits: the smallest and the largest integer.
       rule: of the step's gradient.
       count: how many numbers share a step, for the gradient's scale.
     """
-    _, codes = _positions(x, step, zero_point, limits)
-    codes = codes if zero_point is None else codes - zero_point
-    return (codes * step).astype(x.dtype)
+    _, codes, zero = _positions(x, step, zero_point, limits)
+    return ((codes if zero is None else codes - zero) * step).astype(x.dtype)
 
 
-def _positions(x: Array, step: Array, zero_point: Array | None, limits: tuple[int, int]) -> tuple[Array, Array]:
-    """Where `x` lies among the integers, and its integer."""
+def _positions(
+    x: Array, step: Array, zero_point: Array | None, limits: tuple[int, int]
+) -> tuple[Array, Array, Array | None]:
+    """Where `x` lies among the integers, its integer, and the one that means zero."""
     at = x.astype(jnp.float32) / step
-    codes = jnp.round(at) if zero_point is None else jnp.round(at) + zero_point
-    return at if zero_point is None else at + zero_point, jnp.clip(codes, *limits)
+    if zero_point is None:
+        return at, jnp.clip(jnp.round(at), *limits), None
+    zero = whole(zero_point, limits)
+    return at + zero, jnp.clip(jnp.round(at) + zero, *limits), zero
+
+
+def whole(zero_point: Array, limits: tuple[int, int]) -> Array:
+    """A zero point as it is used: one of the integers."""
+    return jnp.clip(jnp.round(zero_point), *limits)
 
 
 def _forward(
@@ -56,21 +68,23 @@ def _forward(
 
 def _backward(limits: tuple[int, int], rule: str | None, count: int, kept: Any, cotangent: Array) -> Any:
     x, step, zero_point = kept
-    at, codes = _positions(x, step, zero_point, limits)
+    at, codes, whole_zero = _positions(x, step, zero_point, limits)
     low, high = limits
     inside = (at >= low) & (at <= high)
     to_x = jnp.where(inside, cotangent, 0).astype(x.dtype)
     if rule is None:
-        return to_x, jnp.zeros_like(step), None
-    zero = jnp.float32(0) if zero_point is None else zero_point
+        return to_x, jnp.zeros_like(step), None if zero_point is None else jnp.zeros_like(zero_point)
+    zero = jnp.float32(0) if whole_zero is None else whole_zero
+    largest = jnp.float32(high) if whole_zero is None else jnp.maximum(high - zero, zero - low)
+    scale = 1 / jnp.sqrt(count * largest) if rule == "lsq" else jnp.float32(1)
+    upstream, over = cotangent.astype(jnp.float32), tuple(axis for axis in range(x.ndim) if step.shape[axis] == 1)
+
+    def gathered(slope: Array) -> Array:
+        return (scale * jnp.sum(upstream * slope, axis=over, keepdims=True)).astype(step.dtype)
+
     outside = jnp.where(at > high, high - zero, low - zero)
-    slope = jnp.where(inside, codes - at if rule == "lsq" else 0.0, outside)
-    product = cotangent.astype(jnp.float32) * slope
-    over = tuple(axis for axis in range(x.ndim) if step.shape[axis] == 1)
-    to_step = jnp.sum(product, axis=over, keepdims=True)
-    if rule == "lsq":
-        to_step = to_step / jnp.sqrt(count * (high - zero))
-    return to_x, to_step.astype(step.dtype), None
+    to_step = gathered(jnp.where(inside, codes - at if rule == "lsq" else 0.0, outside))
+    return to_x, to_step, None if zero_point is None else gathered(jnp.where(inside, 0.0, -step))
 
 
 to_steps.defvjp(_forward, _backward)

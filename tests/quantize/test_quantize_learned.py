@@ -83,6 +83,69 @@ def test_trained_ternary_gradients_are_the_papers(rng):
     assert of_nothing.high.shape == (1, 2) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(slopes))
 
 
+def test_both_ends_of_an_inputs_grid_learn_as_lsq_plus_has_it(rng):
+    """Bhalgat et al. 2020, equations 3 to 6, where the low end lies on the grid: 16 values from -0.75 to 3."""
+    x, upstream, w = rng.normal(size=(40, 3)) * 2, rng.normal(size=(40, 2)), rng.normal(size=(3, 2))
+    x[np.abs(np.abs((x + 0.75) / 0.25 % 1) - 0.5) < 1e-3] += 0.01  # no ties
+    rules, ends = {"w": Affine(8, activation_bits=4)}, Range(np.float32(-0.75), np.float32(3))
+    learned = quantize.learn({"w": jnp.float32(w)}, rules, {"w": ends})
+    assert float(learned["w"].input_step.reshape(())) == 0.25 and float(learned["w"].input_low.reshape(())) == -0.75
+    loss = compressed(lambda p, x: jnp.sum(x @ p["w"] * upstream))
+    to_params, to_x = jax.grad(loss, (0, 1))(learned, jnp.float32(x))
+    through = upstream @ np.asarray(learned["w"].materialise()).T
+    at = (x + 0.75) / 0.25
+    below, above = at < 0, at > 15
+    to_step = np.where(below, 0, np.where(above, 15, np.round(at) - at))
+    scale = 1 / np.sqrt(3 * (15 - 3))  # three features a row; the code that means zero is 3 of 15
+    np.testing.assert_allclose(to_x, np.where(below | above, 0, through), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(to_params["w"].input_step.reshape(()), scale * np.sum(through * to_step), rtol=1e-4)
+    np.testing.assert_allclose(
+        to_params["w"].input_low.reshape(()), scale * np.sum(through * (below | above)), rtol=1e-4
+    )
+    assert above.any() and below.any() and not (below | above).all()
+
+    of_largest = quantize.learn({"w": jnp.float32(w)}, rules, {"w": ends}, inputs="pact")["w"]
+    assert float(of_largest.input_step.reshape(())) == pytest.approx(3)
+    to_pact = jax.grad(loss)({"w": of_largest}, jnp.float32(x))["w"]
+    np.testing.assert_allclose(to_pact.input_step.reshape(()), np.sum(through * above), rtol=1e-4)
+    np.testing.assert_allclose(to_pact.input_low.reshape(()), np.sum(through * below), rtol=1e-4)
+    for kind in (learned["w"], of_largest, dataclasses.replace(learned["w"], input_low=jnp.full((1, 1), -0.8))):
+        small = quantize.settle({"w": kind})
+        assert float(small["w"].input_zero_point.reshape(())) == -5
+        np.testing.assert_allclose(
+            compressed(jnp.matmul)(jnp.float32(x), small["w"]),
+            jnp.float32(x_on(x) @ small["w"].materialise()),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+def test_inputs_that_are_never_positive_have_finite_gradients(rng):
+    x, rules = -jnp.abs(jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)), {"w": Affine(8, activation_bits=4)}
+    for inputs in ("lsq", "pact"):
+        learned = quantize.learn({"w": jnp.eye(3)}, rules, {"w": Range(np.float32(-2), np.float32(0))}, inputs=inputs)
+        out, to_learned = jax.value_and_grad(compressed(lambda p, x: jnp.sum((x @ p["w"]) ** 2)))(learned, x)
+        assert np.isfinite(out) and all(np.isfinite(g).all() for g in jax.tree.leaves(to_learned))
+        on_grid = jnp.maximum(jnp.round(x * 7.5) / 7.5, -2)
+        np.testing.assert_allclose(
+            compressed(jnp.matmul)(x, learned["w"]), on_grid @ learned["w"].materialise(), atol=1e-5
+        )
+
+
+def x_on(x):
+    return np.clip(np.round(x / 0.25), -3, 12) * 0.25
+
+
+def test_a_weights_step_begins_as_lsq_plus_has_it(rng):
+    """Bhalgat et al. 2020: the larger of |mean - 3 std| and |mean + 3 std| over `2 ** (bits - 1)`, a block each."""
+    w = rng.normal(size=(50, 4)) * [1, 0.1, 10, 0] + [0.5, -1, 0, 0]
+    for spec, blocks in ((Affine(4), w[None]), (Affine(3, group=(0, 10)), w.reshape(5, 10, 4))):
+        mean, std = blocks.mean(1), blocks.std(1)
+        expected = np.maximum(np.abs(mean - 3 * std), np.abs(mean + 3 * std)) / 2 ** (spec.bits - 1)
+        learned = quantize.learn({"w": jnp.float32(w)}, {"w": spec})["w"]
+        np.testing.assert_allclose(learned.step, np.where(expected > 0, expected, 1), rtol=1e-5)
+
+
 def digits():
     images, labels = load_digits(return_X_y=True)
     return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
