@@ -1,11 +1,11 @@
-"""Logistic regression on which words a sentence has: what a reader of SST-2 is to beat, and what it may learn from."""
+"""Logistic regression on what a sentence has, in whatever order: what a reader of SST-2 is to beat."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline, make_union
 
 from experiments._reading import TextRoom
 from experiments._selection import Choice, select
@@ -13,61 +13,45 @@ from experiments._splits import Split
 from experiments.data._texts import texts_of
 
 WORDS = "bag of words, logistic regression"
-PAIRS = "bag of words and pairs, weighed by their log-count ratios"
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+PARTS = "bag of words, pairs and parts of words"
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+WORD = r"\S+"
 
 
 class Bag:
-    """Logistic regression on the words of whole sentences, or on words and pairs of neighbours weighed by how much
-    oftener than in the others they stand in sentences of the class 1 (Wang and Manning, "Baselines and bigrams", 2012).
+    """Logistic regression on the words of whole sentences.
 
     Args:
       texts: the training sentences.
       labels: 0 or 1.
       strength: the inverse of the penalty.
-      pairs: whether there are pairs and weights.
+      parts: beside them on pairs of neighbours and on parts of words, of three to six letters, all the more the rarer
+        they are.
     """
 
-    def __init__(self, texts: Sequence[str], labels: np.ndarray, strength: float, pairs: bool = False) -> None:
-        self.count = CountVectorizer(token_pattern=r"\S+", binary=True, ngram_range=(1, 2 if pairs else 1))
-        seen = self.count.fit_transform(texts)
-        self.weights = log_count_ratios(seen, labels) if pairs else np.ones(seen.shape[1])
-        self.model = LogisticRegression(C=strength, max_iter=1000).fit(self._weighed(seen), labels)
+    def __init__(self, texts: Sequence[str], labels: np.ndarray, strength: float, parts: bool = False) -> None:
+        count = CountVectorizer(token_pattern=WORD, binary=True)
+        if parts:
+            pairs = TfidfVectorizer(token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True)
+            letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 6), min_df=2, sublinear_tf=True)
+            count = make_union(pairs, letters)
+        self.model = make_pipeline(count, LogisticRegression(C=strength, max_iter=1000)).fit(texts, labels)
 
-    def _weighed(self, seen: Any) -> Any:
-        return seen.multiply(self.weights).tocsr()
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """Of each class, `[texts, 2]`."""
-        return np.asarray(self.model.predict_proba(self._weighed(self.count.transform(texts))))
+    @property
+    def size(self) -> int:
+        """How many numbers are learned."""
+        return int(self.model[-1].coef_.size) + 1
 
     def right(self, split: Split) -> float:
         """Accuracy in %."""
-        return 100 * float(np.mean(self.probabilities(texts_of(split)).argmax(1) == split.labels))
+        return 100 * float(np.mean(self.model.predict(texts_of(split)) == split.labels))
 
 
-def log_count_ratios(seen: Any, labels: np.ndarray) -> np.ndarray:
-    """`[features]`: the logarithm of a feature's share of all in the class 1 over that in the class 0, each counted
-    once more than it occurs."""
-    counts = [1 + np.asarray(seen[labels == label].sum(axis=0)).ravel() for label in (0, 1)]
-    zero, one = (count / count.sum() for count in counts)
-    return np.asarray(np.log(one / zero))
-
-
-class Measured(NamedTuple):
-    """A bag whose strength was chosen on validation data, its figures, and that choice."""
-
-    bag: Bag
-    figures: dict[str, float]
-    choice: Choice
-
-
-def measured(room: TextRoom, pairs: bool = False) -> Measured:
-    """The bag of the best strength, which then reads the test sentences."""
-    train, validation, name = room.dataset.train, room.dataset.validation, PAIRS if pairs else WORDS
-    bags = {c: Bag(texts_of(train), train.labels, c, pairs) for c in STRENGTHS}
-    what = "C of the logistic regression" + (" on words and pairs" if pairs else "")
+def measured(room: TextRoom, parts: bool = False) -> tuple[dict[str, float], Choice]:
+    """The figures of a bag whose strength was chosen on validation data, and that choice."""
+    train, validation, name = room.dataset.train, room.dataset.validation, PARTS if parts else WORDS
+    bags = {c: Bag(texts_of(train), train.labels, c, parts) for c in STRENGTHS}
+    what = "C of the logistic regression" + (" on parts too" if parts else "")
     best, choice = select(what, STRENGTHS, lambda c, split: bags[c].right(split), validation)
     bag, test = bags[best], room.dataset.test.read(for_model=name)
-    figures = {"accuracy": bag.right(test), "validation": bag.right(validation), "size": bag.weights.size + 1}
-    return Measured(bag, figures, choice)
+    return {"accuracy": bag.right(test), "validation": bag.right(validation), "size": bag.size}, choice

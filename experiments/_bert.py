@@ -17,6 +17,8 @@ class Size(NamedTuple):
     intermediate: int = 3072
     vocabulary: int = 30522
     positions: int = 512
+    parts: int = 0
+    """How many parts of words have a vector; 0: words are not spelled."""
 
 
 BASE = Size()
@@ -83,12 +85,25 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array, train: bool = False, segments: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        train: bool = False,
+        segments: jax.Array | None = None,
+        spelling: jax.Array | None = None,
     ) -> Outputs:
-        """`tokens`, `mask` and `segments` `[batch, tokens]`; all of segment 0 by default."""
+        """`tokens`, `mask` and `segments` `[batch, tokens]`, all of segment 0 by default.
+
+        `spelling` `[batch, tokens, k]` has the parts of each word, numbered from 1, and zeros behind: their vectors are
+        added to the word's (Bojanowski et al., "Enriching word vectors with subword information", 2017).
+        """
         size = self.size
         segments = jnp.zeros_like(tokens) if segments is None else segments
         x = embed(size.vocabulary, size.hidden, name="words")(tokens)
+        if size.parts and spelling is not None:
+            there = spelling > 0
+            parts = embed(size.parts, size.hidden, name="parts")(spelling) * there[..., None]
+            x += jnp.sum(parts, axis=-2) / jnp.sqrt(jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1))
         x += embed(size.positions, size.hidden, name="places")(jnp.arange(tokens.shape[1]))
         x += embed(2, size.hidden, name="segments")(segments)
         x = nn.LayerNorm(epsilon=1e-12, name="norm")(x)

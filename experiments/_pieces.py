@@ -41,15 +41,17 @@ class Pieces(Vocabulary):
         first = [lines.index(piece) for piece in SPECIAL]
         self.order = np.array(first + [i for i, piece in enumerate(lines) if piece not in SPECIAL])
         self.numbers = {lines[i]: number for number, i in enumerate(self.order)}
+        self.parts = {}
 
     def __len__(self) -> int:
         return len(self.order)
 
     def rows(self, texts: Sequence[str], tokens: int) -> np.ndarray:
-        """`[texts, tokens]`, int32: `[CLS]`, the first pieces of each text and `[SEP]`, padded behind."""
+        """`[texts, tokens, 1]`, int32: `[CLS]`, the first pieces of each text and `[SEP]`, padded behind."""
         begin, end = (self.numbers[piece] for piece in SPECIAL[-2:])
         cut = ([n for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", text) for n in self.cut(word)] for text in texts)
-        return padded([[begin, *pieces[: tokens - 2], end] for pieces in cut], tokens)
+        whole = ([begin, *pieces[: tokens - 2], end] for pieces in cut)
+        return padded([[[number] for number in row] for row in whole], tokens, wide=1)
 
     def cut(self, word: str) -> list[int]:
         """The numbers of a word's pieces."""

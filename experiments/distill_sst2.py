@@ -1,10 +1,11 @@
 """TinyBERT's recipe, scaled down: `python -m experiments.distill_sst2 --data-dir DIR` (Jiao et al. 2020).
 
-A teacher of 12 layers learns to guess masked words of SST-2's training sentences, and then their labels, several times;
-it is born again from what all of those and a bag of words and pairs predict together. A student of 4 narrower layers
-takes over its layers, first from the teacher that only guesses words, then from the one that knows the task, and then
-its predictions; the student from scratch, the student on soft targets alone, and the recipe with each loss left out
-stand beside it, and logistic regression on bags of words. With `--checkpoint DIR` the teacher is a BERT that somebody
+A teacher of 12 layers learns to guess masked words of SST-2's training sentences, and then their labels, several times,
+and is the mean of what comes of it. Its words have vectors for their parts as well: SST-2 is small, and every twelfth
+word of its other sentences unknown. A student of 4 narrower layers takes over its layers, first from the teacher that
+only guesses words, then from the one that knows the task, and then its predictions; the student from scratch, the
+student on soft targets alone, and the recipe with each loss left out stand beside it, and logistic regression on bags
+of words. With `--checkpoint DIR` the teacher is a BERT that somebody
 else has trained, as Hugging Face keeps it, and sentences are cut into its word pieces.
 """
 
@@ -43,12 +44,10 @@ from experiments._reading import (
     dropped_words,
     layer_tables,
     log_frequencies,
-    mixed,
     word_loss,
 )
 from experiments._results import Column
-from experiments._selection import Choice, select
-from experiments._splits import Split
+from experiments._selection import Choice
 from jaxcompress import distill
 
 DEEP, SHALLOW = Size(12, 48, 2, 96), Size(4, 24, 2, 48)
@@ -65,9 +64,11 @@ class Config(_distilling.Config):
     """The first words of a sentence that are read, or with a checkpoint word pieces."""
     at_least: int = 2
     """How often a word of the vocabulary occurs in the training sentences."""
+    spelled: bool = True
+    """Whether words have the vectors of their parts, of three to six letters, beside their own."""
     checkpoint: Path | None = None
-    """A folder with config.json, model.safetensors and vocab.txt, from which the teacher starts; `teacher`, `before`
-    and `at_least` then do not count."""
+    """A folder with config.json, model.safetensors and vocab.txt, from which the teacher starts; `teacher`, `before`,
+    `at_least` and `spelled` then do not count."""
     teacher: Size = DEEP
     student: Size = SHALLOW
     masked_epochs: int = 3
@@ -91,18 +92,7 @@ class Config(_distilling.Config):
     """Of the teacher's weights at a step on labels, the share that the average of those before keeps; the average is
     what has learned."""
     fine_tunings: int = 3
-    """How often the teacher learns the labels, in other orders."""
-    again: float = 1.0
-    """Where it is born again, how much weight the predictions of all those have, the labels having the rest; 0: it is
-    not."""
-    bag: float = 0.33
-    """Of those predictions, the share that is a bag of words' and pairs'; the fine-tunings share the rest."""
-    mixed: int = 0
-    """How many sentences of mixed words it reads then beside each of the training sentences; two did not help."""
-    replaced: float = 0.7
-    """The share of a mixed sentence's words that come from others."""
-    again_epochs: int = 7
-    """Of the training in which it is born again."""
+    """How often the teacher learns the labels, in other orders; it is the mean of all their weights."""
     dropped: float = 0.3
     """The share of the words that are masked where labels or predictions are learned."""
 
@@ -120,9 +110,6 @@ SHORT = Config(
     general_epochs=1,
     average=0.9,
     fine_tunings=2,
-    again=0.5,
-    mixed=1,
-    again_epochs=1,
 )
 """A run of seconds, for tests; its accuracies mean little."""
 
@@ -134,8 +121,8 @@ LABELS = "without the prediction loss: labels instead"
 NO_TEXT = "General and task text are the same sentences; no text was added, which the paper found to matter most."
 SELECTION = {
     "pair": "lengths, rates, the share of masked words of the teacher, that layers are normalised before their halves,"
-    " averages and how it is born again, by fourteen trials on validation data, two of them with four layers, and a"
-    " whole run with mixed sentences, whose test figures played no part; the students' were fixed beforehand.",
+    " and averages by fourteen trials on validation data before words had parts; that they have, and the mean of the"
+    " trainings, by one trial, and eight more changed nothing; the students' were fixed beforehand.",
     "checkpoint": "the teacher's rate and length after one trial of a single epoch; all else was fixed beforehand.",
 }
 
@@ -159,7 +146,7 @@ def layer_losses(
 
 
 def predicted(logits: jax.Array, lesson: Lesson) -> jax.Array:
-    """The probabilities in `rows`, weighed by `knobs`, and the labels."""
+    """The teacher's probabilities in `rows`, weighed by `knobs`, and the labels."""
     said = distill.soft_label_loss(logits, lesson.rows)
     return lesson.knobs * said + (1 - lesson.knobs) * hard(logits, lesson)
 
@@ -193,7 +180,7 @@ class Pupil:
         """The weighted parts of the layers' loss; `rows` are the teacher's layers, `knobs` the weights."""
         own: Any = self.model.apply({PARAMS: params["student"]}, lesson.images, method=Reader.layers)
         project = partial(self.project.apply, params["project"])
-        parts = layer_losses(own, lesson.rows, project, lesson.images != PADDING)
+        parts = layer_losses(own, lesson.rows, project, lesson.images[..., 0] != PADDING)
         weighed = (jnp.mean(lesson.knobs[key] * part) for key, part in parts.items())
         return sum(weighed, jnp.zeros(())), extras
 
@@ -222,24 +209,30 @@ def optimizer(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps), weight_decay=0.01)
 
 
+def sized(size: Size, room: TextRoom) -> Size:
+    """Such an encoder for the room's words."""
+    words = room.vocabulary
+    return size._replace(vocabulary=len(words), positions=room.tokens, parts=len(words.parts) and 1 + len(words.parts))
+
+
 def opened(c: Config) -> tuple[TextRoom, Reader, dict[str, Any]]:
     """The sentences, and the teacher with its first variables: fresh ones, or a checkpoint's below a fresh head."""
     if c.checkpoint is None:
-        room = TextRoom(c, c.tokens, c.at_least)
-        size = c.teacher._replace(vocabulary=len(room.vocabulary), positions=c.tokens)
+        room = TextRoom(c, c.tokens, c.at_least, c.spelled)
+        size = sized(c.teacher, room)
         model = Reader(size, c.dropout, room.dataset.classes, c.before)
         return room, model, room.init(model, 0)
     pieces, size, params = load_checkpoint(c.checkpoint, c.tokens)
-    room = TextRoom(c, c.tokens, c.at_least, pieces)
+    room = TextRoom(c, c.tokens, c.at_least, vocabulary=pieces)
     model = Reader(size, c.dropout, room.dataset.classes)
     return room, model, {PARAMS: {**room.init(model, 0)[PARAMS], "bert": params}}
 
 
-def taught(room: TextRoom, c: Config, model: Reader, start: Any, bag: _bags.Bag) -> tuple[dict[str, Any], list[Choice]]:
-    """The teacher that guesses words, and the same after it learned the labels; and how it was to learn those.
+def taught(room: TextRoom, c: Config, model: Reader, start: Any) -> dict[str, Any]:
+    """The teacher that guesses words, and the same after it learned the labels.
 
-    It learns them several times, and where it is born again once more, from what all of those and a bag say together
-    beside the labels, of the training sentences and of such of mixed words.
+    It learns them several times from there, in other orders. The mean of the weights is nearly as good as the mean of
+    the predictions (Wortsman et al., "Model soups", 2022).
     """
 
     def copied(variables: Any) -> Any:
@@ -251,51 +244,25 @@ def taught(room: TextRoom, c: Config, model: Reader, start: Any, bag: _bags.Bag)
         bias = log_frequencies(room.images, len(room.vocabulary))
         return learn("teacher, masked words", 0, knobs=bias, start=copied(start))
 
-    def labelling(room: TextRoom, epochs: int) -> Learner:
-        loss = logits_loss(model, predicted, dropped_words(c.dropped))
-        loss = averaged(loss, c.average) if c.average else loss
-        return room.learner(model, loss, epochs=epochs, tx=optimizer(c.rate, epochs * room.steps))
-
-    def label(name: str, seed: int, learn: Learner, rows: jax.Array, share: float) -> Any:
-        first = copied({PARAMS: pretrained[PARAMS]} | ({"average": pretrained[PARAMS]} if c.average else {}))
-        learned = learn(f"teacher, {name}", seed, start=first, rows=rows, knobs=share)
-        return {PARAMS: learned["average" if c.average else PARAMS]}
-
-    def again(name: str) -> Any:
-        more = [text for i in range(c.mixed) for text in mixed(room.texts, c.replaced, i)]
-        wide = room.enlarged(more)
-        said = together(c.bag, bag.probabilities(wide.texts), [wide.logits(model, v) for v in found.values()])
-        wide.labels = jnp.concatenate([room.labels, jnp.argmax(said[len(room.labels) :], axis=1)])
-        return label(name, c.fine_tunings, labelling(wide, c.again_epochs), said, c.again)
-
-    def right(name: str, split: Split) -> float:
-        return _distilling.accuracy(room.logits(model, found[name], room.numbered(split)[0]), room.validation[1])
-
     pretrained = room.trained("teacher, masked words", model, guess) if c.masked_epochs else start
-    alone, nothing = labelling(room, c.labelled_epochs), jnp.zeros((len(room.labels), room.dataset.classes))
-    found = {
-        name: room.trained(f"teacher, {name}", model, partial(label, name, seed, alone, nothing, 0.0))
-        for seed in range(c.fine_tunings)
-        for name in (f"labels, seed {seed}",)
-    }
-    if c.again:
-        name = "born again"
-        found[name] = room.trained(f"teacher, {name}", model, partial(again, name))
-    best, choice = select("the teacher's training on labels", tuple(found), right, room.dataset.validation)
-    return {"pretrained": pretrained, "fine-tuned": found[best]}, [choice] if len(found) > 1 else []
+    loss = logits_loss(model, hard, dropped_words(c.dropped))
+    loss = averaged(loss, c.average) if c.average else loss
+    learn = room.learner(model, loss, epochs=c.labelled_epochs, tx=optimizer(c.rate, c.labelled_epochs * room.steps))
 
+    def label(name: str, seed: int) -> Any:
+        first = copied({PARAMS: pretrained[PARAMS]} | ({"average": pretrained[PARAMS]} if c.average else {}))
+        return {PARAMS: learn(f"teacher, {name}", seed, start=first)["average" if c.average else PARAMS]}
 
-def together(share: float, bag: np.ndarray, logits: list[jax.Array]) -> jax.Array:
-    """Probabilities `[examples, classes]`: the bag's with this share, and those of readers, which share the rest."""
-    weights = jnp.array([share, *[(1 - share) / len(logits)] * len(logits)])
-    return distill.ensemble_targets(jnp.stack([jnp.log(bag), *logits]), weights=weights)
+    names = [f"labels, seed {seed}" for seed in range(c.fine_tunings)]
+    found = [room.trained(f"teacher, {n}", model, partial(label, n, seed)) for seed, n in enumerate(names)]
+    return {"pretrained": pretrained, "fine-tuned": jax.tree.map(lambda *each: sum(each) / len(each), *found)}
 
 
 def main(config: Config) -> _results.Result:
     """Trains the teacher and the students, and writes the result and the figure."""
     c = config
     room, teacher, start = opened(c)
-    size = c.student._replace(vocabulary=len(room.vocabulary), positions=c.tokens)
+    size = sized(c.student, room)
     student = Reader(size, classes=room.dataset.classes, before=teacher.before)
     figures: list[tuple[str, int, dict[str, float]]] = []
 
@@ -309,10 +276,9 @@ def main(config: Config) -> _results.Result:
         figures.append((name, seed, room.kept(f"{name}, seed {seed}", measure)))
         print(f"{name}, seed {seed}: {figures[-1][2]['validation']:.2f} on validation data", flush=True)
 
-    bags = [_bags.measured(room), _bags.measured(room, pairs=True)]
-    figures += [(name, 0, bag.figures) for name, bag in zip((_bags.WORDS, _bags.PAIRS), bags, strict=True)]
-    teachers, training = taught(room, c, teacher, start, bags[1].bag)
-    print(*(choice.scores for choice in training), flush=True)
+    bags = {_bags.WORDS: _bags.measured(room), _bags.PARTS: _bags.measured(room, parts=True)}
+    figures += [(name, 0, found) for name, (found, _) in bags.items()]
+    teachers = taught(room, c, teacher, start)
     measured(TEACHER, 0, teacher, lambda: teachers["fine-tuned"])
     layer_map = distill.uniform_layer_map(size.layers, teacher.size.layers)
     guides = {who: layer_tables(room, teacher, variables, layer_map) for who, variables in teachers.items()}
@@ -333,14 +299,14 @@ def main(config: Config) -> _results.Result:
         measured(LABELS, seed, student, partial(both, LABELS, WHOLE, 0.0))
         for name, weights in LEFT_OUT.items():
             measured(name, seed, student, partial(both, name, weights))
-    return reported(c, room, teacher, figures, [*(bag.choice for bag in bags), *training])
+    return reported(c, room, teacher, figures, [choice for _, choice in bags.values()])
 
 
 def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choices: list[Choice]) -> _results.Result:
     """The result, its table and its figure."""
     c, rows, size = config, gathered(figures), teacher.size
     students = (SOFT, FULL, LABELS, *LEFT_OUT)
-    lengths = np.sum(np.asarray(room.images) != PADDING, axis=1)
+    lengths = np.sum(np.asarray(room.images[..., 0]) != PADDING, axis=1)
     vocabulary = f"{len(room.vocabulary):,} " + (
         "word pieces" if c.checkpoint else f"words that occur {c.at_least} times or more"
     )
@@ -372,16 +338,11 @@ def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choi
             f" for as long. AdamW, largest rates {c.masked_rate:g}, {c.rate:g} and {c.student_rate:g}. Where labels or"
             f" predictions are learned, {c.dropped:.0%} of the words are masked; the teacher has dropout {c.dropout:g}."
             + (f" On labels its weights are averaged, {c.average:g} being kept a step." if c.average else "")
+            + (f" It is the mean of {c.fine_tunings} such trainings." if c.fine_tunings > 1 else "")
             + (
-                f" It learns the labels {c.fine_tunings} times, and born again once more, for {c.again_epochs} epochs,"
-                f" from the mean of what those say, {c.bag:.0%} of it what the bag of words and pairs says, with weight"
-                f" {c.again:g} and from labels with the rest."
-                if c.again
-                else ""
-            )
-            + (
-                f" To each sentence come {c.mixed} with {c.replaced:.0%} of the words mixed."
-                if c.again and c.mixed
+                f" Words have the vectors of their parts too, of three to six letters: {len(room.vocabulary.parts):,}"
+                " that two or more of the training sentences' words have."
+                if room.vocabulary.parts
                 else ""
             ),
             f"One teacher for all seeds. {origin(c.checkpoint) if c.checkpoint else NO_TEXT} Without a loss means in"

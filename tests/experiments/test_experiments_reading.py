@@ -27,7 +27,7 @@ from experiments._reading import (
     dropped_words,
     log_frequencies,
     masked,
-    mixed,
+    parts_of,
     word_loss,
 )
 from experiments.data import DataNotFoundError
@@ -100,9 +100,36 @@ def test_the_bundled_lines_are_split_without_overlap():
 def test_words_are_numbered_by_frequency():
     vocabulary = Vocabulary(["b a b", "c b a", "d"], at_least=2)
     assert len(vocabulary) == 5
-    np.testing.assert_array_equal(vocabulary.rows(["a b c a", "b"], 3), [[4, 3, UNKNOWN], [3, PADDING, PADDING]])
+    found = vocabulary.rows(["a b c a", "b"], 3)
+    np.testing.assert_array_equal(found, np.array([[4, 3, UNKNOWN], [3, PADDING, PADDING]])[..., None])
     tokens = jnp.asarray(vocabulary.rows(["a b b", "b"], 3))
     np.testing.assert_allclose(np.exp(log_frequencies(tokens, 5)), np.array([1, 1, 1, 4, 2]) / 9, rtol=1e-6)
+
+
+def test_words_have_the_parts_that_others_have_too():
+    """`<abc>` has six parts, which all are `<abcd>`'s but those that end it."""
+    vocabulary = Vocabulary(["abc abcd", "abcd"], at_least=2, spelled=True)
+    assert set(vocabulary.parts) == {"<ab", "abc", "<abc"} and set(vocabulary.parts.values()) == {1, 2, 3}
+    known, other = vocabulary.rows(["abcd xabcx xy"], 4)[0, :2]
+    assert known[0] == 3 and sorted(known[1:4]) == [1, 2, 3] and not known[4:].any()
+    assert other[0] == UNKNOWN and other[1] == vocabulary.parts["abc"] and not other[2:].any()
+    assert len(parts_of("extraordinarily")) == 15 + 14 + 13 + 12 and parts_of("aaaa") == [
+        "<aa", "aaa", "aa>", "<aaa", "aaaa", "aaa>", "<aaaa", "aaaa>", "<aaaa>"
+    ]  # fmt: skip
+
+
+def test_a_words_parts_are_added_to_it():
+    """Against the tables' rows, summed over the square root of their number; a masked word has none."""
+    size = Size(1, 4, 2, 8, 6, 3, parts=4)
+    model = Reader(size)
+    tokens = jnp.array([[[3, 1, 2, 0], [1, 3, 0, 0], [MASKED, 0, 0, 0]]])
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    table = {name: variables["params"]["bert"][name]["embedding"] for name in ("words", "parts", "places", "segments")}
+    parts = jnp.stack([(table["parts"][1] + table["parts"][2]) / 2**0.5, table["parts"][3], jnp.zeros(4)])
+    x = table["words"][tokens[0, :, 0]] + parts + table["places"] + table["segments"][0]
+    x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    found = model.apply(variables, tokens, method=Reader.layers).hidden[0][0]
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
 
 
 SENTENCES = {
@@ -118,7 +145,7 @@ def test_words_are_cut_into_the_longest_pieces(checkpoint):
     assert [PIECES[i] for i in pieces.order[:5]] == ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]"]
     assert sorted(pieces.order) == list(range(len(PIECES))) and len(pieces) == 30
     for row, cut in zip(pieces.rows(list(SENTENCES), 7), SENTENCES.values(), strict=True):
-        assert [PIECES[pieces.order[n]] for n in row if n != PADDING] == ["[CLS]", *cut[:5], "[SEP]"]
+        assert [PIECES[pieces.order[n]] for n in row[:, 0] if n != PADDING] == ["[CLS]", *cut[:5], "[SEP]"]
     (checkpoint / "vocab.txt").write_text("[PAD]\n[UNK]\nthe\n")
     with pytest.raises(ValueError, match=r"vocab\.txt has no \[MASK\], \[CLS\], \[SEP\]: not the word pieces"):
         Pieces(checkpoint / "vocab.txt")
@@ -139,9 +166,9 @@ def test_a_checkpoint_is_the_teacher_that_learns(checkpoint):
     room, model, variables = distill_sst2.opened(config)
     assert (model.size.layers, model.size.hidden, model.size.positions, model.before) == (2, 12, 8, False)
     size, params = load_bert(checkpoint)
-    tokens = room.images[:20]
+    tokens = room.images[:20, :, 0]
     assert len(np.unique(tokens)) > 10
-    found = model.apply(variables, tokens, method=Reader.layers)
+    found = model.apply(variables, room.images[:20], method=Reader.layers)
     expected = Bert(size).apply({"params": params}, room.vocabulary.order[tokens], tokens != PADDING)
     mask = np.asarray(tokens) != PADDING
     for ours, theirs in zip(found.hidden, expected.hidden, strict=True):
@@ -155,7 +182,10 @@ def test_masked_words_are_berts():
     """The shares of 15%, 80%, 10% and 10%, no padding, and at least one word of each sentence."""
     lengths = np.array([40] * 300 + [1] * 300 + [20] * 300)
     tokens = np.where(np.arange(40) < lengths[:, None], np.random.default_rng(0).integers(3, 1000, (900, 40)), PADDING)
-    changed, places, counts = (np.asarray(x) for x in masked(jnp.asarray(tokens), jax.random.key(0), 0.15, 1000))
+    spelled = jnp.asarray(np.stack([tokens, 7 * tokens], axis=-1))  # a part that tells its word
+    whole, places, counts = (np.asarray(x) for x in masked(spelled, jax.random.key(0), 0.15))
+    changed = whole[..., 0]
+    np.testing.assert_array_equal(whole[..., 1], np.where(changed == MASKED, 0, 7 * changed))
     assert places.shape == (900, 6) and set(counts.sum(1).tolist()) == {1, 3, 6}
     np.testing.assert_array_equal(counts.sum(1), np.repeat([6, 1, 3], 300))
     assert all(len(set(row)) == 6 for row in places.tolist())
@@ -167,7 +197,9 @@ def test_masked_words_are_berts():
     restored[rows, places] = tokens[rows, places]
     np.testing.assert_array_equal(restored, tokens)
     np.testing.assert_array_equal(changed[rows, places][~counts], tokens[rows, places][~counts])
-    dropped = np.asarray(dropped_words(0.3)(jnp.asarray(tokens), jax.random.key(1)))
+    whole = np.asarray(dropped_words(0.3)(spelled, jax.random.key(1)))
+    dropped = whole[..., 0]
+    np.testing.assert_array_equal(whole[..., 1], np.where(dropped == MASKED, 0, 7 * dropped))
     assert (
         abs((dropped == MASKED)[tokens != PADDING].mean() - 0.3) < 0.02 and not (dropped == MASKED)[tokens == 0].any()
     )
@@ -182,18 +214,18 @@ def test_the_loss_of_masked_words_and_the_head(room):
     assert (np.asarray(tokens) == PADDING).any()
     lesson = Lesson(tokens, room.labels[:6], None, bias, jax.random.key(3), jnp.array(0), jnp.arange(6))
     found, _ = jax.jit(lambda p: word_loss(model)(p, {}, lesson))(variables["params"])
-    changed, places, counts = masked(tokens, jax.random.fold_in(lesson.key, 1), 0.15, len(room.vocabulary))
+    changed, places, counts = masked(tokens, jax.random.fold_in(lesson.key, 1), 0.15)
 
     layers = jax.jit(lambda x: model.apply(variables, x, method=Reader.layers))
     last, expected = np.asarray(layers(changed).hidden[-1], np.float64), []
     table = np.asarray(variables["params"]["bert"]["words"]["embedding"], np.float64)
     for i, k in zip(*np.nonzero(counts), strict=True):
         z = last[i, places[i, k]] @ table.T + np.asarray(bias)
-        expected.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[i, places[i, k]]])
+        expected.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[i, places[i, k], 0]])
     assert float(found) == pytest.approx(np.mean(expected), rel=1e-4)
 
     last, head = np.asarray(layers(tokens).hidden[-1]), variables["params"]["head"]
-    mean = np.stack([row[np.asarray(t) != PADDING].mean(0) for row, t in zip(last, tokens, strict=True)])
+    mean = np.stack([row[np.asarray(t[:, 0]) != PADDING].mean(0) for row, t in zip(last, tokens, strict=True)])
     np.testing.assert_allclose(
         room.logits(model, variables, tokens), mean @ head["kernel"] + head["bias"], rtol=1e-4, atol=1e-5
     )
@@ -229,45 +261,17 @@ def test_an_average_follows_what_learns(room):
     assert abs(x - average) > 1e-3
 
 
-def test_mixed_sentences_keep_lengths_and_words(room):
-    """At each place the same words as before; a share of the sentence's own; and they are read behind the sentences."""
-    texts = [" ".join(f"{i}.{place}" for place in range(1 + i % 20)) for i in range(400)]
-    changed = [text.split() for text in mixed(texts, 0.7, 0)]
-    assert [len(row) for row in changed] == [1 + i % 20 for i in range(400)]
-    assert all(word.endswith(f".{place}") for row in changed for place, word in enumerate(row))
-    own = [word.startswith(f"{i}.") for i, row in enumerate(changed) for word in row]
-    assert abs(np.mean(own) - 0.3) < 0.03
-    assert mixed(texts, 0.0, 0) == texts and mixed(texts, 0.7, 0) != mixed(texts, 0.7, 1)
-    wide = room.enlarged(["data set"])
-    assert len(wide.images) == len(room.images) + 1 == len(wide.texts) and (wide.images[:-1] == room.images).all()
-    assert len(room.texts) == len(room.images) and wide.vocabulary is room.vocabulary
-
-
-def test_bags_of_words_and_of_pairs(room):
-    """Ratios against counts by hand; pairs tell an order apart, words do not; both learn the bundled lines."""
-    texts, labels = ["a b", "b a", "a b c", "b a c"], np.array([1, 0, 1, 0])
-    bag = _bags.Bag(texts, labels, 1.0, pairs=True)
-    names = bag.count.get_feature_names_out().tolist()
-    assert sorted(names) == ["a", "a b", "a c", "b", "b a", "b c", "c"]
-    ratios = dict(zip(names, bag.weights, strict=True))
-    assert ratios["a b"] == pytest.approx(np.log(3 / 1)) == -ratios["b a"] and ratios["a"] == pytest.approx(0)
-    assert ratios["b c"] == pytest.approx(np.log(2)) == -ratios["a c"]
-    found = bag.probabilities(["a b", "b a"])
-    assert found[0, 1] > 0.6 > 0.4 > found[1, 1] and found.sum(1).tolist() == pytest.approx([1, 1])
-    np.testing.assert_allclose(_bags.Bag(texts, labels, 1.0).probabilities(texts), 0.5, atol=1e-3)
-    for pairs in (False, True):
-        bag, figures, choice = _bags.measured(room, pairs)
+def test_bags_of_words_and_of_parts(room):
+    """Pairs tell an order apart and letters a word's end, words alone do not; both learn the bundled lines."""
+    texts, labels = ["a b", "b a", "a b c", "b a c"] * 4, np.array([1, 0, 1, 0] * 4)
+    assert _bags.Bag(texts, labels, 30.0, parts=True).model.predict(["a b", "b a"]).tolist() == [1, 0]
+    np.testing.assert_allclose(_bags.Bag(texts, labels, 30.0).model.predict_proba(texts), 0.5, atol=1e-3)
+    ends = _bags.Bag(["walked", "talked", "walking", "talking"], np.array([0, 0, 1, 1]), 30.0, parts=True)
+    assert ends.model.predict(["jumped", "jumping"]).tolist() == [0, 1]
+    for parts in (False, True):
+        figures, choice = _bags.measured(room, parts)
         assert figures["validation"] == max(choice.scores.values()) > 65 and figures["accuracy"] > 65
-        assert figures["size"] == len(bag.count.vocabulary_) + 1
-
-
-def test_several_teachers_at_once():
-    """The bag's share, and the rest in equal parts."""
-    bag, logits = np.array([[0.9, 0.1]]), [jnp.zeros((1, 2)), jnp.log(jnp.array([[0.2, 0.8]]))]
-    found = distill_sst2.together(0.4, bag, logits)
-    np.testing.assert_allclose(
-        found, [[0.4 * 0.9 + 0.3 * 0.5 + 0.3 * 0.2, 0.4 * 0.1 + 0.3 * 0.5 + 0.3 * 0.8]], rtol=1e-6
-    )
+    assert _bags.Bag(["a b", "c"], np.array([0, 1]), 1.0).size == 3 + 1
 
 
 def test_tinyberts_recipe(tmp_path):
@@ -276,17 +280,8 @@ def test_tinyberts_recipe(tmp_path):
     assert _results.read(tmp_path / f"{result.name}.json") == result
     rows = {row.name: row.ours for row in result.rows}
     assert len(rows) == 10 and len(result.test_reads) == 10
-    strength, of_pairs, training = result.choices
-    assert (
-        of_pairs.what.endswith("on words and pairs")
-        and strength.what.startswith("C of")
-        and list(training.scores)
-        == [
-            "labels, seed 0",
-            "labels, seed 1",
-            "born again",
-        ]
-    )
+    of_words, of_parts = result.choices
+    assert of_words.what == "C of the logistic regression" and of_parts.what.endswith("on parts too")
     assert rows[_bags.WORDS]["accuracy"].mean > 65  # a real task
     taught = [name for name in rows if "student" in name or "without" in name]
     assert len({rows[name]["accuracy"].values for name in taught}) > 2  # each loss does something
@@ -298,19 +293,19 @@ def test_tinyberts_recipe(tmp_path):
 def from_checkpoint(tmp_path, checkpoint):
     """The short setting with that checkpoint, and a student with as many heads."""
     student = distill_sst2.SHORT.student._replace(heads=3, hidden=6)
-    changed = {"student": student, "masked_epochs": 0, "fine_tunings": 1, "again": 0.0, "out": tmp_path}
+    changed = {"student": student, "masked_epochs": 0, "fine_tunings": 1, "out": tmp_path}
     return dataclasses.replace(distill_sst2.SHORT, checkpoint=checkpoint, **changed)
 
 
 def test_a_checkpoint_that_learns_labels(from_checkpoint):
     """Without masked words the teacher of the first phase is the checkpoint as it is; its command gives it again."""
     room, model, start = distill_sst2.opened(from_checkpoint)
-    words = _bags.measured(room)
-    teachers, choices = distill_sst2.taught(room, from_checkpoint, model, start, words.bag)
+    figures, choice = _bags.measured(room)
+    teachers = distill_sst2.taught(room, from_checkpoint, model, start)
     jax.tree.map(np.testing.assert_array_equal, teachers["pretrained"], start)
     moved = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), teachers["fine-tuned"], start)["params"]
-    assert moved["head"]["kernel"] > 0 and moved["bert"]["layer_0"]["query"]["kernel"] > 0 and not choices
-    result = distill_sst2.reported(from_checkpoint, room, model, [(_bags.WORDS, 0, words.figures)], [words.choice])
+    assert moved["head"]["kernel"] > 0 and moved["bert"]["layer_0"]["query"]["kernel"] > 0
+    result = distill_sst2.reported(from_checkpoint, room, model, [(_bags.WORDS, 0, figures)], [choice])
     assert result.name == "distill_tinybert_checkpoint_descriptions"
     options = tyro.cli(distill_sst2.Config, args=result.command.split()[3:])
     assert options.student == from_checkpoint.student and options.checkpoint == Path("DIR") and options.tokens == 8
