@@ -84,14 +84,13 @@ class Plan:
           ValueError: a leaf has a parameter's path but another shape, and there is no `fresh`; or `fresh` has other
             leaves.
         """
-        names = sorted(self.shapes, key=len, reverse=True)  # also of whole parameters: "sub/w" does not belong to "w"
         made_small = dict(paths.named_leaves(fresh)) if fresh is not None else {}
         if fresh is not None and list(made_small) != [name for name, _ in paths.named_leaves(tree)]:
             raise ValueError("fresh has other leaves than the tree: make both in the same way")
 
         def of_leaf(name: str, x: Any) -> Any:
-            owner = next((n for n in names if n in ("", name) or name.endswith("/" + n)), None)
-            if owner not in self.keep or np.size(x) <= 1:
+            owner = paths.owner(name, self.shapes)
+            if owner is None or owner not in self.keep or np.size(x) <= 1:
                 small = x
             elif tuple(np.shape(x)) == self.shapes[owner]:
                 small = _cut(x, self.keep[owner])
