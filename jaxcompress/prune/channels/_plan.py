@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from jaxcompress import paths
+from jaxcompress.arrays._bits import pack_bits
+from jaxcompress.prune._stored import booleans, mask_shape
 from jaxcompress.prune.channels._groups import Groups
 from jaxcompress.prune.channels._rules_shape import pick
 
@@ -94,6 +96,9 @@ class Plan:
                 small = x
             elif tuple(np.shape(x)) == self.shapes[owner]:
                 small = _cut(x, self.keep[owner])
+            elif _packs(x, self.shapes[owner]):
+                mask = _cut(booleans(x), self.keep[owner])
+                small = mask if mask.shape[-1] % 8 else pack_bits(mask)
             elif fresh is not None:
                 return made_small[name]
             else:
@@ -202,6 +207,11 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
             raise ValueError(f"nothing of {path}[{axis}] would be left; drop fewer units")
         keep.setdefault(path, {})[axis] = np.flatnonzero(mask)
     return Plan(keep, dict(groups.shapes), widths, groups.free_out)
+
+
+def _packs(x: Any, shape: tuple[int, ...]) -> bool:
+    """Whether this is a mask of `prune` for weights of `shape`, stored as a bit a weight."""
+    return isinstance(x, jax.Array | np.ndarray) and x.dtype == np.uint8 and mask_shape(x) == shape
 
 
 def _cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
