@@ -211,7 +211,7 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
 
 def _packs(x: Any, shape: tuple[int, ...]) -> bool:
     """Whether this is a mask of `prune` for weights of `shape`, stored as a bit a weight."""
-    return isinstance(x, jax.Array | np.ndarray) and x.dtype == np.uint8 and mask_shape(x) == shape
+    return not isinstance(x, jax.ShapeDtypeStruct) and x.dtype == np.uint8 and mask_shape(x) == shape
 
 
 def _cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
