@@ -11,7 +11,7 @@ would otherwise leave a model quietly uncompressed.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -40,6 +40,16 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> lis
 def with_leaves(tree: Any, leaves: Iterable[Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """A tree like `tree` with these leaves, in the order of `named_leaves`."""
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_leaf), leaves)
+
+
+def owner(path: str, names: Container[str]) -> str | None:
+    """The longest of the parameters' `names` that ends `path`, a place in an optimizer's state; None without one.
+
+    `names` are those of all parameters: among fewer, `mu/head/kernel` would pass for another layer's `kernel`.
+    """
+    keys = path.split("/")
+    ends = ("/".join(keys[i:]) for i in range(len(keys) + 1))  # at last "", the name of a bare array
+    return next((end for end in ends if end in names), None)
 
 
 def match(rules: Rules[T], names: Sequence[str], default: T) -> list[T]:

@@ -4,7 +4,8 @@ Every loss here is a pure function on arrays, with one convention. The student's
 second, and no gradient flows into the teacher's. A loss on examples returns one value an example, as in
 `optax.losses`, and takes `where=`, the mask of the examples (or tokens) that count; average with `masked_mean`. A
 loss on the relations within a batch returns a scalar. Half-precision inputs are computed in float32. Images are NHWC.
-Values and gradients are finite on every finite input: zeros, duplicates, a batch of one, logits up to 1e30.
+Values and gradients are finite on every finite input: zeros, duplicates, a batch of one, logits up to 1e30. Only a
+value that float32 cannot hold is infinite, such as the squares that `hint_loss` takes of differences above 1e19.
 A label that is no class, and that `where` does not leave out, gives NaN instead of another class's loss.
 
     losses = distill.distillation_loss(student(x), teacher(x), labels, alpha=0.9, temperature=4.0)

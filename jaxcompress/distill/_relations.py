@@ -65,8 +65,14 @@ def distance_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: Arr
         total = jnp.sum(distances)
         return distances * pairs / jnp.where(total > 0, total, 1)  # no pair: all are 0
 
-    ours, theirs = (relative(_distances(x, mask)) for x in (a, b))
+    ours, theirs = (relative(_distances(_within(x, 1e4), mask)) for x in (a, b))
     return jnp.sum(smooth_l1(ours - theirs)) / n**2
+
+
+def _within(x: jax.Array, limit: float) -> jax.Array:
+    """`x` divided by a constant where its values exceed `limit`: relative distances keep, and squares stay finite."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    return x / jnp.maximum(1, largest / limit)
 
 
 def angle_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:

@@ -59,16 +59,20 @@ def around(
         new, pruning_state = pruning.update(new, state.pruning, params, gradients=updates, **extra_args)
         after = masks(pruning_state)
         returned = {name: after[name] & ~mask for name, mask in before.items()}
-        return new, AroundState(_cleared(inner_state, returned), pruning_state)
+        names = {name for name, _ in paths.named_leaves(params)}
+        return new, AroundState(_cleared(inner_state, returned, names), pruning_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _cleared(state: Any, where: dict[str, jax.Array]) -> Any:
-    """`state` with zeros `where` a weight comes back, in every array that is kept for each of the weights."""
+def _cleared(state: Any, where: dict[str, jax.Array], names: set[str]) -> Any:
+    """`state` with zeros `where` a weight comes back, in every array that is kept for each of the weights.
+
+    `names` are those of all parameters, with and without a mask.
+    """
 
     def clear(name: str, x: Any) -> Any:
-        mask = next((m for own, m in where.items() if name == own or name.endswith("/" + own)), None)
+        mask = where.get(paths.owner(name, names) or "")
         if mask is None or jnp.shape(x) != mask.shape or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             return x
         return jnp.where(mask, jnp.zeros_like(x), x)

@@ -5,6 +5,7 @@ A gradient is checked along random directions against central differences of the
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from golden_adapter import evaluate
@@ -406,3 +407,17 @@ def test_nchw_gradients_come_back_in_nchw():
     result = evaluate("nst", {f"{k}_nchw": np.moveaxis(v, -1, 1) for k, v in x.items()}, {})
     want = evaluate("nst", {f"{k}_nhwc": v for k, v in x.items()}, {})
     np.testing.assert_allclose(result["grads"]["student_nchw"], np.moveaxis(want["grads"]["student_nhwc"], -1, 1))
+
+
+def test_rkd_does_not_depend_on_a_sides_scale_however_large():
+    rng = np.random.default_rng(0)
+    student, teacher = (rng.normal(size=(5, n)).astype("float32") for n in (3, 4))
+
+    def result(a, b):
+        return jax.value_and_grad(distill.relational_loss)(a, b)
+
+    value, gradient = result(student, teacher)
+    for large_student, large_teacher in ((1e25, 1.0), (1.0, 1e25), (1e25, 1e30)):
+        got, slope = result(student * np.float32(large_student), teacher * np.float32(large_teacher))
+        np.testing.assert_allclose(got, value, rtol=1e-4)
+        np.testing.assert_allclose(slope * np.float32(large_student), gradient, rtol=1e-3, atol=1e-3)

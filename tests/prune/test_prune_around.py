@@ -89,6 +89,28 @@ def test_what_comes_back_starts_from_zero(kind: str) -> None:
     assert came > 50
 
 
+def test_what_comes_back_is_told_apart_where_one_path_ends_another() -> None:
+    shape = (16, 8)
+    params = {"kernel": jnp.ones(shape), "deep": {"kernel": jnp.ones(shape)}, "whole": {"kernel": jnp.ones(shape)}}
+    tx = prune.around(
+        optax.trace(0.9), prune.rewire({"^kernel$": 0.5, "^deep": 0.5}, key=jax.random.key(5), end=9, every=1)
+    )
+    params = jax.tree.map(lambda x: x * jnp.arange(1.0, x.size + 1).reshape(x.shape), params)
+    state = tx.init(params)
+    for step in range(3):
+        before, kept = prune.masks(state), state.inner.trace
+        grads = gradients(params, step)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        after = prune.masks(state)
+        for name, trace in paths.named_leaves(state.inner.trace):
+            went = before.get(name, jnp.ones(shape, bool))
+            expected = jnp.where(went, dict(paths.named_leaves(grads))[name], 0)
+            expected += 0.9 * dict(paths.named_leaves(kept))[name]
+            returned = after.get(name, went) & ~went
+            np.testing.assert_array_equal(trace, jnp.where(returned, 0, expected), err_msg=name)
+
+
 def test_the_optimizer_does_not_see_pruned_weights() -> None:
     """The global norm that is clipped is that of the weights in use: a chain would count the others too."""
     params, clip = parameters(), optax.clip_by_global_norm(1.0)

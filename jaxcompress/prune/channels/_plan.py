@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from jaxcompress import paths
+from jaxcompress.arrays._bits import pack_bits
+from jaxcompress.prune._stored import booleans, mask_shape
 from jaxcompress.prune.channels._groups import Groups
 from jaxcompress.prune.channels._rules_shape import pick
 
@@ -84,19 +86,19 @@ class Plan:
           ValueError: a leaf has a parameter's path but another shape, and there is no `fresh`; or `fresh` has other
             leaves.
         """
-        names = sorted(self.keep, key=len, reverse=True)
         made_small = dict(paths.named_leaves(fresh)) if fresh is not None else {}
         if fresh is not None and list(made_small) != [name for name, _ in paths.named_leaves(tree)]:
             raise ValueError("fresh has other leaves than the tree: make both in the same way")
 
         def of_leaf(name: str, x: Any) -> Any:
-            owner = next(
-                (n for n in names if name == n or name.endswith("/" + n) or name.endswith("/params/" + n)), None
-            )
-            if owner is None or np.size(x) <= 1:
+            owner = paths.owner(name, self.shapes)
+            if owner is None or owner not in self.keep or np.size(x) <= 1:
                 small = x
             elif tuple(np.shape(x)) == self.shapes[owner]:
                 small = _cut(x, self.keep[owner])
+            elif _packs(x, self.shapes[owner]):
+                mask = _cut(booleans(x), self.keep[owner])
+                small = mask if mask.shape[-1] % 8 else pack_bits(mask)
             elif fresh is not None:
                 return made_small[name]
             else:
@@ -205,6 +207,11 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
             raise ValueError(f"nothing of {path}[{axis}] would be left; drop fewer units")
         keep.setdefault(path, {})[axis] = np.flatnonzero(mask)
     return Plan(keep, dict(groups.shapes), widths, groups.free_out)
+
+
+def _packs(x: Any, shape: tuple[int, ...]) -> bool:
+    """Whether this is a mask of `prune` for weights of `shape`, stored as a bit a weight."""
+    return not isinstance(x, jax.ShapeDtypeStruct) and x.dtype == np.uint8 and mask_shape(x) == shape
 
 
 def _cut(x: Any, axes: Mapping[int, np.ndarray]) -> Any:

@@ -178,6 +178,39 @@ def test_optimizer_state_is_cut_like_its_parameters():
         plan.apply_like(state, fresh=optax.sgd(1e-3).init(params))
 
 
+def test_state_of_a_whole_parameter_is_not_cut_like_one_whose_path_ends_its_own():
+    def model(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"] + jnp.sort(x @ params["sub"]["w"], -1)
+
+    params = {"w": jnp.ones((6, 6)), "v": jnp.ones((6, 6)), "sub": {"w": jnp.ones((6, 6))}}
+    plan = channels.from_units(channels.groups(model, params, jnp.ones((2, 6))), {"w[1]": [1, 4]})
+    small = plan.apply_like(optax.adam(1e-3).init(params))
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, optax.adam(1e-3).init(plan.apply(params)))
+
+
+def test_packed_masks_are_cut_like_their_weights():
+    def fn(p, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ p["w1"]) @ p["w2"]), -1)
+
+    params = {"w1": jnp.arange(1.0, 65).reshape(4, 16), "w2": -jnp.arange(1.0, 257).reshape(16, 16)}
+    plan = channels.from_units(channels.groups(fn, params, jnp.ones((2, 4))), {"w1[1]": [1, 4, 5], "w2[1]": range(8)})
+    tx = optax.chain(optax.sgd(0.0), prune.sparsify({"w": 0.5}, prune.one_shot()))
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    small = plan.apply_like(state)
+    for name, mask in prune.masks(small).items():
+        np.testing.assert_array_equal(mask, plan.apply(prune.masks(state))[name])
+    fresh = tx.init(plan.apply(params))  # of 13 columns a boolean a weight, of 8 a bit
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), small) == jax.tree.map(lambda x: (x.shape, x.dtype), fresh)
+
+
+def test_state_of_a_bare_array_is_cut_like_it():
+    weight = jnp.ones((4, 8))
+    groups = channels.groups(lambda w, x: jnp.tanh(x @ w).sum(-1), weight, jnp.ones((2, 4)))
+    plan = channels.from_units(groups, {groups[0].name: [1, 4]})
+    small = plan.apply_like(optax.adam(1e-3).init(weight))
+    assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, optax.adam(1e-3).init(plan.apply(weight)))
+
+
 def test_moments_of_rows_and_columns_begin_anew():
     params, x = setting()
     plan = channels.from_units(channels.groups(dense, params, x), {"w1[1]": [1, 4, 5, 6]})
