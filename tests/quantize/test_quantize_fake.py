@@ -234,6 +234,18 @@ def test_zero_inputs_and_empty_scales_are_finite():
         assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(grad["kernel"])))
 
 
+@pytest.mark.parametrize("grid", [quantize.Affine(8, activation_bits=8), quantize.Floats(inputs="float8_e4m3fn")])
+def test_inputs_that_are_not_finite_are_not_rounded_to_numbers(grid):
+    """A run that diverges must be seen to; other rows are as they were."""
+    params, x = {"w": jnp.eye(4)}, jnp.ones((3, 4)).at[0, 1].set(jnp.nan).at[1, 1].set(jnp.inf)
+    for out in (
+        quantize.fake(lambda p, x: x @ p["w"], {"w": grid})(params, x),
+        compressed(lambda p, x: x @ p["w"])(quantize.convert(params, {"w": grid}), x),
+    ):
+        assert jnp.all(jnp.isnan(out[0])) and not jnp.any(jnp.isfinite(out[1, 1]))
+        np.testing.assert_allclose(out[2], 1.0, rtol=1e-6)
+
+
 def test_linen_wrapper_is_the_transform(net):
     model, variables, x = net
     wrapped = linen.FakeQuantized(model, RULES)
