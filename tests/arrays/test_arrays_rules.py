@@ -177,6 +177,18 @@ def test_a_sparse_product_does_not_build_the_weight():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_narrower_input_gives_what_the_two_dtypes_give(kind, first):
+    """`lax.dot_general` itself, which takes operands of two dtypes."""
+    numbers = ((0,), (1,)) if first else ((1,), (0,))
+
+    def fn(x, w):
+        return lax.dot_general(*((w, x) if first else (x, w)), (numbers, ((), ())))
+
+    check(fn, values((3, 12), dtype="bfloat16"), KINDS[kind]((12, 10)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_compute(kind):
     """A float32 weight cast to bfloat16 stays compressed, and multiplies as closely as bfloat16 allows."""
     hits = check(
