@@ -92,7 +92,7 @@ def register_product(
 
 
 def _as_wide(x: ArrayLike, w: Leaf) -> Array:
-    """An input of floats narrower than the weight's in the weight's dtype, which `lax.dot_general` gives for the two."""
+    """An input of floats narrower than the weight's, in the weight's dtype, as `lax.dot_general` has it."""
 
     def width(dtype: Any) -> tuple[int, int]:
         return jnp.finfo(dtype).maxexp, jnp.finfo(dtype).nmant
