@@ -135,9 +135,8 @@ class FakeQuantized(nnx.Module):
         graph, params, rest = _split(self.inner)
 
         def apply(pure: Any, rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            model = nnx.merge(
-                graph, _filled(params, pure), jax.tree.map(lambda x: x, rest)
-            )  # a copy of this trace's own
+            own = jax.tree.map(lambda x: x, rest)  # variables made in this trace, or they could not be written to
+            model = nnx.merge(graph, _filled(params, pure), own)
             out = model(*args, **kwargs)
             return out, _split(model)[2]  # not as a plain dict: what is sown is new, and has a type
 
