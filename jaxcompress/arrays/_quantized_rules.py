@@ -215,7 +215,7 @@ def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[
         strided = [lax.slice_in_dim(x, i, None, a_byte, axis) for i in range(a_byte)]
         return sum(product(part, column, dims, params) for part, column in zip(strided, columns, strict=True))
     together = jnp.stack([product(x, column, dims, params) for column in columns], axis=-1)
-    return together.reshape(*together.shape[:-2], -1)  # the weight's last axis is the output's
+    return lax.collapse(together, together.ndim - 2)  # the weight's last axis is the output's
 
 
 def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:
