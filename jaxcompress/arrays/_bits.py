@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int8, UInt8
@@ -50,3 +51,10 @@ def unpack_indices(packed: UInt8[Array, "*lead bytes"], bits: int, length: int) 
         return packed
     parts = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
     return lax.collapse(jnp.stack(parts, axis=-1), packed.ndim - 1)[..., :length]
+
+
+def from_table(table: Array, indices: Array) -> Array:
+    """`table[indices]` of a table with one axis; indices with explicit axes of a mesh in their type keep them."""
+    sharding = jax.typeof(indices).sharding
+    kept = sharding if any(entry is not None for entry in sharding.spec) else None
+    return table.at[indices].get(mode="promise_in_bounds", out_sharding=kept)
