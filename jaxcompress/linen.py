@@ -9,6 +9,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import subtract_filters
 
 from jaxcompress import features, quantize
 from jaxcompress.paths import Rules, named_leaves, with_leaves
@@ -51,7 +52,7 @@ class FakeQuantized(nn.Module):
         if self.is_initializing():
             return self.inner(*args, **kwargs)
         assert self.scope is not None
-        mutable = [name for name in self.variables if self.is_mutable_collection(name) and name != "params"]
+        mutable = subtract_filters(self.scope.mutable, "params")  # also what is not there yet: what is sown, a cache
         rngs = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
         ranges = None if self.ranges is None else dict(self.ranges)
         apply = quantize.fake(self.inner.clone(parent=None).apply, self.rules, ranges, fold=self.fold)
@@ -91,7 +92,7 @@ class Pruned(nn.Module):
         if self.is_initializing():
             keys = {name: self.make_rng(name) for name in self.scope.rngs}
             self._put(self.plan.apply(module.init(keys, *args, **kwargs)))
-        mutable = [name for name in self.variables if self.is_mutable_collection(name) and name != "params"]
+        mutable = subtract_filters(self.scope.mutable, "params")  # also what is not there yet: what is sown, a cache
         rngs = {name: self.make_rng(name) for name in self.scope.rngs if name != "params"}
 
         def apply(variables: Any, args: Any, kwargs: Any, rngs: Any) -> Any:

@@ -132,12 +132,18 @@ class FakeQuantized(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`inner(*args, **kwargs)`, with the chosen weights and their inputs rounded."""
-        apply, params, rest = functional(self.inner)
+        graph, params, rest = _split(self.inner)
+
+        def apply(pure: Any, rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            own = jax.tree.map(lambda x: x, rest)  # variables made in this trace, or they could not be written to
+            model = nnx.merge(graph, _filled(params, pure), own)
+            out = model(*args, **kwargs)
+            return out, _split(model)[2]  # not as a plain dict: what is sown is new, and has a type
+
         ranges = None if self.ranges is None else dict(self.ranges)
-        out, rest = quantize.fake(apply, self.rules, ranges, fold=self.fold)(params, rest, *args, **kwargs)
-        state = _split(self.inner)[2]
-        nnx.replace_by_pure_dict(state, rest)
-        nnx.update(self.inner, state)
+        run = quantize.fake(apply, self.rules, ranges, fold=self.fold)
+        out, rest = run(nnx.to_pure_dict(params), rest, *args, **kwargs)
+        nnx.update(self.inner, rest)
         return out
 
 

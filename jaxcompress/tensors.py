@@ -204,7 +204,8 @@ def _taken_apart(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, np.nda
         if leaf.input_scale is not None:
             parts["input_scale"] = np.asarray(leaf.input_scale).reshape(1)
         if leaf.input_zero_point is not None:
-            parts["input_zero_point"] = np.asarray(leaf.input_zero_point).reshape(1).astype(np.int8)
+            whole = np.int8 if leaf.activation_bits <= 8 else np.int16
+            parts["input_zero_point"] = np.asarray(leaf.input_zero_point).reshape(1).astype(whole)
     return {
         "format": "pack-quantized" if packed else f"{kind}-quantized",
         "weights": weights,

@@ -46,6 +46,14 @@ def test_read_back_to_the_bit(tree, tmp_path):
     assert config["format"] == "mixed-precision" and config["quant_method"] == "compressed-tensors"
 
 
+def test_a_zero_point_of_16_bits_comes_back(tmp_path):
+    small = quantize.convert({"a": {"kernel": jnp.ones((8, 4))}}, {"kernel": Affine(8, activation_bits=16)})
+    small = quantize.static(small, {"a/kernel": quantize.Range(np.float32(0), np.float32(4))})
+    tensors.save(tmp_path / "model.safetensors", small)
+    back = tensors.load(tmp_path / "model.safetensors")
+    assert float(back["a"]["kernel"].input_zero_point.item()) == -(2**15)
+
+
 def test_the_layout_is_the_formats(tree, tmp_path):
     """Eight codes a word, plus eight each, the first in the lowest bits; outputs in front."""
     tensors.save(tmp_path / "model.safetensors", tree)

@@ -2,7 +2,9 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int8, UInt8
 
 
@@ -24,7 +26,7 @@ def pack_signed(codes: Int8[Array, "*lead n"], bits: int) -> Int8[Array, "*lead 
 def unpack_signed(packed: Array, bits: int, length: int) -> Int8[Array, "*lead n"]:
     """The first `length` integers of each packed row."""
     parts = signed_parts(packed, bits)
-    return jnp.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return lax.collapse(jnp.stack(parts, axis=-1), packed.ndim - 1)[..., :length]
 
 
 def signed_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[Int8[Array, "*lead bytes"]]:
@@ -48,4 +50,11 @@ def unpack_indices(packed: UInt8[Array, "*lead bytes"], bits: int, length: int) 
     if bits == 8:
         return packed
     parts = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return jnp.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return lax.collapse(jnp.stack(parts, axis=-1), packed.ndim - 1)[..., :length]
+
+
+def from_table(table: Array, indices: Array) -> Array:
+    """`table[indices]` of a table with one axis; indices with explicit axes of a mesh in their type keep them."""
+    sharding = jax.typeof(indices).sharding
+    kept = sharding if any(entry is not None for entry in sharding.spec) else None
+    return table.at[indices].get(mode="promise_in_bounds", out_sharding=kept)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, UInt8
 
-from jaxcompress.arrays._bits import pack_indices, unpack_indices
+from jaxcompress.arrays._bits import from_table, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
 
 
@@ -95,6 +95,6 @@ def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"
     if keep_zeros:  # not as a centroid that happens to be zero: it would learn
         centroids = centroids.at[..., 0].set(0)
     if all(size == 1 for size in centroids.shape[:-1]):
-        return centroids.reshape(-1).at[indices].get(mode="promise_in_bounds")
+        return from_table(centroids.reshape(-1), indices)
     wide = jnp.take_along_axis(centroids, indices[..., None].astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     return jnp.squeeze(wide, -1)

@@ -23,7 +23,7 @@ def quantize_input(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, Arr
     """
     over = free_axes(x.ndim, keep)
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=over, keepdims=True)
-    step = jnp.where(largest > 0, largest, 1.0) / (2 ** (bits - 1) - 1)
+    step = jnp.where(largest == 0, 1.0, largest) / (2 ** (bits - 1) - 1)  # of NaN it is NaN, which no integer could be
     return quantize_input_to(x, step, None, bits), step
 
 
@@ -38,7 +38,7 @@ def quantize_between(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, A
     high = jnp.maximum(jnp.max(full, axis=over, keepdims=True), 0.0)
     least, most = input_limits(bits, asymmetric=True)
     step = high / (most - least) - low / (most - least)  # apart, or a huge range overflows
-    step = jnp.where(step >= jnp.finfo(jnp.float32).tiny, step, 1.0)
+    step = jnp.where(step < jnp.finfo(jnp.float32).tiny, 1.0, step)
     zero = jnp.clip(jnp.round(least - low / step), least, most)
     return quantize_input_to(x, step, zero, bits), step, zero
 
@@ -68,7 +68,7 @@ def to_small_floats(x: Array, dtype: Any, keep: Sequence[int]) -> tuple[Array, A
     """
     full, largest = x.astype(jnp.float32), float(jnp.finfo(dtype).max)
     scale = jnp.max(jnp.abs(full), axis=free_axes(x.ndim, keep), keepdims=True) / largest
-    scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     return jnp.clip(full / scale, -largest, largest).astype(dtype), scale
 
 

@@ -74,11 +74,11 @@ def register_product(
         # rules are chosen by their annotations, of which one is a variable here: a type checker cannot follow
         @register(lax.dot_general_p)
         def _input_weight(x: ArrayLike, w: leaf, **params: Any) -> Any:  # type: ignore[valid-type]
-            return product(jnp.asarray(x), w, Dims.of(params["dimension_numbers"]), params)
+            return product(_as_wide(x, w), w, Dims.of(params["dimension_numbers"]), params)
 
         @register(lax.dot_general_p)
         def _weight_input(w: leaf, x: ArrayLike, **params: Any) -> Any:  # type: ignore[valid-type]
-            x, dims = jnp.asarray(x), Dims.of(params["dimension_numbers"], weight_first=True)
+            x, dims = _as_wide(x, w), Dims.of(params["dimension_numbers"], weight_first=True)
             if params.get("out_sharding") is not None:
                 return NotImplemented if otherwise is None else otherwise(x, w, dims)
             out = product(x, w, dims, params)
@@ -89,6 +89,16 @@ def register_product(
         return product
 
     return decorate
+
+
+def _as_wide(x: ArrayLike, w: Leaf) -> Array:
+    """An input of floats narrower than the weight's, in the weight's dtype, as `lax.dot_general` has it."""
+
+    def width(dtype: Any) -> tuple[int, int]:
+        return jnp.finfo(dtype).maxexp, jnp.finfo(dtype).nmant
+
+    x = jnp.asarray(x)
+    return x.astype(w.dtype) if is_float(x) and width(w.dtype) > width(x.dtype) else x
 
 
 def free_axes(ndim: int, *taken: Sequence[int]) -> tuple[int, ...]:

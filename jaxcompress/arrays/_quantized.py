@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int8, UInt8
 
-from jaxcompress.arrays._bits import pack_signed, signed_parts, unpack_signed
+from jaxcompress.arrays._bits import from_table, pack_signed, signed_parts, unpack_signed
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
 
@@ -145,7 +145,7 @@ class Quantized(Leaf):
         if self.levels is None:
             return codes.astype(dtype)
         table = jnp.asarray(self.levels, dtype)
-        return table.at[codes.astype(jnp.int32) & (len(self.levels) - 1)].get(mode="promise_in_bounds")
+        return from_table(table, codes.astype(jnp.int32) & (len(self.levels) - 1))
 
     def centred(self, dtype: Any) -> Array:
         """The codes less their zero point: integers of at most 255 in magnitude, exact in bfloat16 too."""

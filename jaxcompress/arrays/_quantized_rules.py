@@ -175,10 +175,15 @@ def _exact(codes: Array, zero: Array | None, product: Any, weight_sums: Any) -> 
     if codes.dtype == jnp.int8:
         sums = product(codes) if zero is None else product(codes) - zero * weight_sums()
         return sums.astype(jnp.float32)
-    # 16 bits are two times 8, the lower ones moved to where they are signed
+    # 16 bits are two times 8, the lower ones moved to where they are signed; the zero point likewise, or its product
+    # with the weights' sum would leave int32
     high, low = (codes >> 8).astype(jnp.int8), ((codes & 255) - 128).astype(jnp.int8)
-    moved = 128 if zero is None else 128 - zero
-    return product(high).astype(jnp.float32) * 256 + (product(low) + moved * weight_sums()).astype(jnp.float32)
+    of_ones = weight_sums()
+    if zero is None:
+        upper, lower = product(high), product(low) + 128 * of_ones
+    else:
+        upper, lower = product(high) - (zero >> 8) * of_ones, product(low) + (128 - (zero & 255)) * of_ones
+    return upper.astype(jnp.float32) * 256 + lower.astype(jnp.float32)
 
 
 def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
@@ -210,7 +215,7 @@ def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[
         strided = [lax.slice_in_dim(x, i, None, a_byte, axis) for i in range(a_byte)]
         return sum(product(part, column, dims, params) for part, column in zip(strided, columns, strict=True))
     together = jnp.stack([product(x, column, dims, params) for column in columns], axis=-1)
-    return together.reshape(*together.shape[:-2], -1)  # the weight's last axis is the output's
+    return lax.collapse(together, together.ndim - 2)  # the weight's last axis is the output's
 
 
 def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:

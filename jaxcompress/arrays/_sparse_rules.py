@@ -69,8 +69,7 @@ def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
 def _join(pieces: Array, axis: int, length: int) -> Array:
     """Pieces stacked along axis 0, laid side by side along `axis` of each, and cut to `length`."""
     laid = jnp.moveaxis(pieces, 0, axis)
-    joined = laid.reshape(*laid.shape[:axis], -1, *laid.shape[axis + 2 :])
-    return lax.slice_in_dim(joined, 0, length, axis=axis)
+    return lax.slice_in_dim(lax.collapse(laid, axis, axis + 2), 0, length, axis=axis)
 
 
 def _stored_shape(w: Sparse) -> tuple[int, ...]:

@@ -152,8 +152,7 @@ def _loops(
 
 def _side_by_side(parts: Array, axis: int) -> Array:
     """[parts, ...] joined along what is `axis` of a part."""
-    moved = jnp.moveaxis(parts, 0, axis)
-    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+    return lax.collapse(jnp.moveaxis(parts, 0, axis), axis, axis + 2)
 
 
 def tiled_outputs(convolve: Callable[[W], Array], w: W, w_axis: int, out_axis: int) -> Array:

@@ -177,6 +177,36 @@ def test_a_sparse_product_does_not_build_the_weight():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_of_input(kind):
+    """An empty batch gives an empty result."""
+    w, kernel = KINDS[kind]((12, 10)), KINDS[kind]((3, 3, 4, 10))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    for fn, x, shape in [
+        (lambda w, x: x @ w, jnp.ones((0, 12)), (0, 10)),
+        (lambda w, x: x @ w.T, jnp.ones((0, 10)), (0, 12)),
+        (lambda w, x: jnp.take(w, x, axis=0), jnp.ones(0, int), (0, 10)),
+    ]:
+        assert jax.eval_shape(compressed(fn), w, x).shape == shape
+
+    def convolve(w, x):
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+
+    assert jax.eval_shape(compressed(convolve), kernel, jnp.ones((0, 5, 5, 4))).shape == (0, 5, 5, 10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_narrower_input_gives_what_the_two_dtypes_give(kind, first):
+    """`lax.dot_general` itself, which takes operands of two dtypes."""
+    numbers = ((0,), (1,)) if first else ((1,), (0,))
+
+    def fn(x, w):
+        return lax.dot_general(*((w, x) if first else (x, w)), (numbers, ((), ())))
+
+    check(fn, values((3, 12), dtype="bfloat16"), KINDS[kind]((12, 10)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_compute(kind):
     """A float32 weight cast to bfloat16 stays compressed, and multiplies as closely as bfloat16 allows."""
     hits = check(

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from leaves import quantized, sparse
 
 from jaxcompress.arrays import compressed
+from jaxcompress.quantize import MX, NF4, KMeans
 
 
 def mesh(kind=AxisType.Auto):
@@ -110,3 +111,16 @@ def test_explicit_axes(rng):
         out = jax.jit(compressed(lambda x, w: x @ w, strict=True))(x, w)
         assert jax.typeof(out).sharding.spec == P("data", "model")
     np.testing.assert_allclose(out, np.asarray(x) @ np.asarray(quantized((64, 64)).materialise()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [NF4(group=(0, 16)), KMeans(5), MX("float4_e2m1fn")])
+def test_values_of_a_table_under_explicit_axes(scheme, rng):
+    """`jax.make_mesh` makes such axes."""
+    on = mesh(AxisType.Explicit)
+    x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+    w = scheme.convert(jnp.asarray(rng.normal(size=(64, 64)), jnp.float32))
+    expected = np.asarray(x) @ np.asarray(w.materialise())
+    rows = jax.device_put(x, NamedSharding(on, P("data")))
+    out = jax.jit(compressed(lambda x, w: x @ w))(rows, place(w, (None, "model"), on))
+    assert jax.typeof(out).sharding.spec == P("data", "model")
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)

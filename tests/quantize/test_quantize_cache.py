@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import quantize
-from jaxcompress.arrays import Quantized, compressed, nbytes, watch
+from jaxcompress.arrays import Quantized, compressed, dense, nbytes, watch
 
 BATCH, LENGTH, HEADS, SIZE = 2, 9, 3, 8
 
@@ -105,3 +105,14 @@ def test_what_is_written_is_rounded_and_the_rest_stays(rng):
     shared = quantize.quantize(jnp.zeros((4, 6)), quantize.Affine(8))
     out = compressed(lambda w, x: jax.lax.dynamic_update_slice(w, x, (1, 0)))(shared, first)
     assert isinstance(out, jax.Array)  # columns share a step that one row can't change
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [quantize.Affine(8, axes=(0,)), quantize.Affine(8, axes=(0,), symmetric=False), quantize.Floats(axes=(0,))],
+)
+def test_a_row_with_nan_is_nan_and_the_others_stay(scheme):
+    cache = scheme.convert(jnp.ones((3, 4)))
+    row = jnp.ones((1, 4)).at[0, 2].set(jnp.nan)
+    out = dense(jax.jit(compressed(lambda c, row: jax.lax.dynamic_update_slice(c, row, (1, 0))))(cache, row))
+    assert jnp.all(jnp.isnan(out[1])) and jnp.all(jnp.isfinite(out[jnp.array([0, 2])]))

@@ -234,6 +234,18 @@ def test_zero_inputs_and_empty_scales_are_finite():
         assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(grad["kernel"])))
 
 
+@pytest.mark.parametrize("grid", [quantize.Affine(8, activation_bits=8), quantize.Floats(inputs="float8_e4m3fn")])
+def test_inputs_that_are_not_finite_are_not_rounded_to_numbers(grid):
+    """A run that diverges must be seen to; other rows are as they were."""
+    params, x = {"w": jnp.eye(4)}, jnp.ones((3, 4)).at[0, 1].set(jnp.nan).at[1, 1].set(jnp.inf)
+    for out in (
+        quantize.fake(lambda p, x: x @ p["w"], {"w": grid})(params, x),
+        compressed(lambda p, x: x @ p["w"])(quantize.convert(params, {"w": grid}), x),
+    ):
+        assert jnp.all(jnp.isnan(out[0])) and not jnp.any(jnp.isfinite(out[1, 1]))
+        np.testing.assert_allclose(out[2], 1.0, rtol=1e-6)
+
+
 def test_linen_wrapper_is_the_transform(net):
     model, variables, x = net
     wrapped = linen.FakeQuantized(model, RULES)
@@ -283,6 +295,51 @@ class NnxNet(nnx.Module):
 
     def __call__(self, x):
         return self.head(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
+
+
+def test_linen_wrapper_lets_out_what_is_sown_and_makes_new_variables():
+    """Collections that the variables at hand have not: intermediates, and a cache that the first call makes."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(4)(x)
+            self.sow("intermediates", "y", y)
+            calls = self.variable("cache", "calls", lambda: jnp.zeros(()))
+            calls.value += 1
+            return y
+
+    x = jnp.ones((2, 3))
+    params = {"params": Net().init(jax.random.key(0), x)["params"]}
+    wrapped = linen.FakeQuantized(Net(), rules=(("kernel$", quantize.Affine(2)),))
+    for mutable in (["intermediates", "cache"], True):
+        out, new = wrapped.apply(params, x, mutable=mutable)
+        np.testing.assert_array_equal(new["intermediates"]["y"][0], out)
+        _, new = wrapped.apply({**params, "cache": new["cache"]}, x, mutable=["cache"])
+        assert float(new["cache"]["calls"]) == 2 and set(new) == {"cache"}
+
+
+def test_nnx_wrapper_lets_out_what_is_sown():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = nnx.Linear(3, 4, rngs=rngs)
+            self.calls = nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, x):
+            y = self.inner(x)
+            self.calls[...] += 1
+            self.sow(nnx.Intermediate, "y", y)
+            return y
+
+    x = jnp.ones((2, 3))
+    wrapped = jaxcompress.nnx.FakeQuantized(Net(nnx.Rngs(0)), [("kernel$", quantize.Affine(2))])
+    for _ in range(2):
+        out, sown = nnx.capture(wrapped, nnx.Intermediate)(x)
+        np.testing.assert_array_equal(sown["inner"]["y"][0], out)
+    with pytest.warns(DeprecationWarning):
+        wrapped(x)
+        wrapped(x)
+    assert len(wrapped.inner.y.get_value()) == 2 and float(wrapped.inner.calls[...]) == 4
 
 
 def test_nnx_wrapper_is_the_transform(net):

@@ -78,6 +78,16 @@ def test_products_are_exact(kind, bits, rng):
         np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-4 if "weights" in name or "grouped" in name else 0)
 
 
+def test_a_zero_point_of_16_bits_leaves_no_sum_of_integers_too_large(rng):
+    """All weights near the largest: their sum times such a zero point is beyond int32."""
+    x = jnp.asarray(np.abs(rng.normal(size=(5, 2048))), jnp.float32)
+    w = quantize.convert({"w": jnp.full((2048, 3), 0.5)}, {"w": Affine(8, activation_bits=16)})
+    w = quantize.static(w, {"w": Range(np.float32(0), np.float32(4))})["w"]
+    codes, step = oracle(x, 0.0, 4.0, 16)
+    expected = (codes @ np.asarray(w.codes(), np.int64)) * step * np.asarray(w.scale, np.float64)
+    np.testing.assert_allclose(jax.jit(compressed(jnp.matmul, strict=True))(x, w), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "groups"), [("asymmetric", 2), pytest.param("symmetric", 1, marks=pytest.mark.slow)])
 def test_convolutions_are_exact_at_the_border_too(kind, groups, rng):
     low_high = RANGES[kind]
