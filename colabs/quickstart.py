@@ -50,7 +50,7 @@ for ax, image, label in zip(axes, digits.train.inputs(), digits.train.labels, st
 # ## One training loop for everything
 #
 # `train.make_step` jits one step around a loss and an optimizer. What is *frozen* (the teacher) goes in beside the
-# state.
+# state. A model of your own with batch normalisation or dropout takes the loss of `docs/training.md`.
 
 # %%
 teacher, student = Convnet(width=32), Convnet(width=16)
@@ -185,3 +185,5 @@ print(report.table(rows, columns))
 # %% [markdown]
 # `python -m experiments.quickstart --seeds 5` is the careful version of this notebook: a fair comparison with a student
 # trained from scratch, learning rates chosen on validation data, five seeds, and everything measured from files.
+# `report.cost(fn, params, inputs)` says what any of these models costs: parameters, bytes, operations, memory, seconds.
+# To use `student.jxc` in another process, take `pack.load`, `compressed` and the model's code.

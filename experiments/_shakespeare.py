@@ -6,6 +6,7 @@ the tenth before it is for choices.
 """
 
 import importlib
+import os
 from pathlib import Path
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ def load_text(name: str, data_dir: Path | None = None, *, context: int = CONTEXT
     Args:
       name: "shakespeare" (`input.txt`, 1,115,394 characters) or "pydoc": the first 100,000 characters of the help texts
         that come with Python, which differ from version to version.
-      data_dir: where `input.txt` or `tinyshakespeare/input.txt` is.
+      data_dir: where `input.txt` or `tinyshakespeare/input.txt` is; default `$JAXCOMPRESS_DATA_DIR`.
       context: characters a window.
       test_windows: at most so many of the last tenth, evenly spaced.
 
@@ -99,15 +100,15 @@ class Decoder(nn.Module):
 
 
 def _file(data_dir: Path | None) -> Path:
-    found = [path for path in _places(data_dir) if path.is_file()]
+    folder = Path(data_dir or os.environ.get("JAXCOMPRESS_DATA_DIR") or ".")
+    places = [folder / "input.txt", folder / "tinyshakespeare" / "input.txt"]
+    found = [path for path in places if path.is_file()]
     if not found:
-        looked = " or ".join(map(str, _places(data_dir))) or "anywhere: give --data-dir"
-        raise DataNotFoundError(f"tiny Shakespeare is one file, input.txt (char-rnn's); it is not at {looked}")
+        raise DataNotFoundError(
+            f"tiny Shakespeare is one file, input.txt (char-rnn's); it is not at {places[0]} or {places[1]}; give "
+            "--data-dir or $JAXCOMPRESS_DATA_DIR"
+        )
     return found[0]
-
-
-def _places(data_dir: Path | None) -> list[Path]:
-    return [] if data_dir is None else [data_dir / "input.txt", data_dir / "tinyshakespeare" / "input.txt"]
 
 
 def _help_texts() -> str:

@@ -18,16 +18,19 @@ from jaxcompress.arrays import (  # noqa: F401 (they register rules)
 from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._inputs import quantize_input
-from jaxcompress.arrays._leaf import Leaf, MadeDenseError, dense, is_leaf, nbytes, register, watch
+from jaxcompress.arrays._leaf import Leaf, MadeDenseError, Otherwise, dense, is_leaf, nbytes, register, watch
 from jaxcompress.arrays._low_rank import LowRank
+from jaxcompress.arrays._products import Dims, register_product
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
 
 __all__ = [
     "Codebook",
+    "Dims",
     "Leaf",
     "LowRank",
     "MadeDenseError",
+    "Otherwise",
     "Quantized",
     "Sparse",
     "compressed",
@@ -36,5 +39,6 @@ __all__ = [
     "nbytes",
     "quantize_input",
     "register",
+    "register_product",
     "watch",
 ]

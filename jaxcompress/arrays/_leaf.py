@@ -29,15 +29,34 @@ class MadeDenseError(TypeError):
 class Leaf(quax.ArrayValue):
     """A compressed weight: a pytree that stands where an array stood.
 
-    A subclass is a frozen dataclass. Its array fields are the pytree's children; what describes them (bits, the true
-    length of a padded axis) are static fields of JSON types. Two properties let a leaf pass through `scan`, `vmap` and
-    `shard_map`, which slice the children without telling the leaf:
+    A subclass becomes a frozen dataclass by itself (`@dataclass` on top of it is an error). Its array fields are the
+    pytree's children; what describes them (bits, the true length of a padded axis) are static fields of JSON types,
+    `bits: int = equinox.field(static=True)`. Two properties let a leaf pass through `scan`, `vmap` and `shard_map`,
+    which slice the children without telling the leaf:
 
     * `shape` follows from the children's shapes; static fields count axes from the end;
     * every child carries the leading (stacked) axes in full.
 
     To add a leaf: subclass, give `aval` and `materialise`, `register` the dispatch rules that beat the dense value, and
-    it can be jitted, sharded, checkpointed, packed, exported, counted and reported. `arrays/_quantized.py` shows how.
+    it can be jitted, sharded, checkpointed, packed, exported, counted and reported. A whole one, of square blocks:
+
+        class Blocks(Leaf):
+            blocks: jax.Array  # [..., n, size, size] stands for [..., n * size, n * size]
+
+            def aval(self):
+                *lead, n, size, _ = self.blocks.shape
+                return jax.core.ShapedArray((*lead, n * size, n * size), self.blocks.dtype)
+
+            def materialise(self):
+                eye = jnp.eye(self.blocks.shape[-3], dtype=self.blocks.dtype)
+                return jnp.einsum("...nio,nm->...nimo", self.blocks, eye).reshape(self.shape)
+
+        @register_product(Blocks)
+        def _product(x, w, dims, params):
+            if x.ndim != 2 or w.ndim != 2 or dims.x_contract != (1,) or dims.w_contract != (0,):
+                return NotImplemented
+            dtype, rows = params["preferred_element_type"], x.reshape(len(x), *w.blocks.shape[:2])
+            return jnp.einsum("bni,nio->bno", rows, w.blocks, preferred_element_type=dtype).reshape(x.shape)
     """
 
     strict: bool = eqx.field(static=True, default=False, kw_only=True)

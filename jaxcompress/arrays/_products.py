@@ -66,6 +66,7 @@ def register_product(
 ) -> Callable[[Product], Product]:
     """Registers `product(x, w, dims, params)`, the input on the left, as `leaf`'s `dot_general` rule in both orders.
 
+    `params` are the primitive's. The result has the batch axes first, then the input's free axes, then the weight's.
     `NotImplemented` from the product leaves it to the dense value, `Otherwise(x)` too, with another input. Where this
     leaves it there itself, it asks `otherwise(x, w, dims)` which.
     """

@@ -31,7 +31,13 @@ def scheduled_masks(  # jitted, so that an eager loop compiles it once
     """The stored masks after step `step`: new ones if the schedule says so, else the old ones at no cost."""
 
     def scores(i: int) -> jax.Array:
-        return score.score(weights[i], statistics[i]) if isinstance(score, Accumulated) else score(weights[i])
+        found = score.score(weights[i], statistics[i]) if isinstance(score, Accumulated) else score(weights[i])
+        if jnp.shape(found) != weights[i].shape or not jnp.issubdtype(jnp.result_type(found), jnp.floating):
+            raise ValueError(
+                f"a score gives each weight of {layers[i].name!r} a floating-point number, so an array of shape "
+                f"{weights[i].shape}; got shape {jnp.shape(found)} of {jnp.result_type(found)}"
+            )
+        return found
 
     def ranking(scope: Sequence[int], progress: jax.Array) -> Ranking:
         pattern = layers[scope[0]].pattern

@@ -104,5 +104,6 @@ def check_same(fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: A
                 raise ValueError(
                     f"scaling changes the function ({off:.3g} of {norm:.3g} on the first batch): what the pairs have "
                     f"in front must reach the weights behind only, through what commutes with positive scales (a "
-                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias"
+                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias. A model that "
+                    f"computes in half precision may be off by its rounding: then pass more than {tolerance=:g}"
                 )

@@ -28,6 +28,14 @@ def test_windows_are_the_text_in_order_and_labels_what_comes_next(tmp_path):
     assert sum(start < 0 for start in starts) <= 1  # the one with Z, which reads as the first character
 
 
+def test_the_file_is_found_in_the_data_dir_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCOMPRESS_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataNotFoundError, match=f"not at {tmp_path}/input.txt or .*; give --data-dir or .JAXCOMPRESS"):
+        load_text("shakespeare")
+    (tmp_path / "input.txt").write_text("To be, or not to be. " * 100)
+    assert load_text("shakespeare").classes == len(set("To be, or not to be. "))
+
+
 def test_the_bundled_text_and_refusals(tmp_path):
     dataset = load_text("pydoc")
     assert len(dataset.train) == (80_000 - 1) // CONTEXT and dataset.train.images.max() < dataset.classes < 256

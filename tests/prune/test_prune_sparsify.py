@@ -1,5 +1,7 @@
 """The transformation inside everything that may hold it, with a sparsity that ramps."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -293,3 +295,17 @@ def test_a_state_of_other_rules() -> None:
     state = prune.sparsify({"bias": 0.5}, prune.one_shot()).init(P)
     with pytest.raises(ValueError, match="other parameters or rules: the mask of 'dense/bias'"):
         prune.sparsify({"kernel": 0.5}, prune.one_shot()).update(P, state, P)
+
+
+@pytest.mark.parametrize(
+    ("score", "got"),
+    [(lambda w: jnp.abs(w).sum(0), "shape (3,) of float32"), (lambda w: (w > 0).astype(int), "shape (4, 3) of int32")],
+    ids=["shape", "dtype"],
+)
+def test_a_score_of_another_shape_or_dtype_is_refused(score, got):
+    params = {"kernel": jnp.ones((4, 3))}
+    tx = prune.sparsify({"kernel$": 0.5}, prune.one_shot(), score=score)
+    with pytest.raises(
+        ValueError, match=re.escape(f"'kernel' a floating-point number, so an array of shape (4, 3); got {got}")
+    ):
+        tx.update(params, tx.init(params), params)

@@ -252,3 +252,21 @@ def test_bias_correction_refuses(rng):
         quantize.correct_biases(fn, params, small, [])
     with pytest.raises(ValueError, match="other leaves"):
         quantize.correct_biases(fn, params, {"v": small["w"]}, [x])
+
+
+def test_a_model_in_half_precision_is_told_of_the_tolerance(rng):
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(32, dtype="bfloat16", param_dtype="bfloat16")(x)
+            return nn.Dense(8, dtype="bfloat16", param_dtype="bfloat16")(
+                nn.BatchNorm(use_running_average=True, dtype="bfloat16")(x)
+            )
+
+    x = jnp.asarray(rng.normal(size=(16, 32)), jnp.float32)
+    variables = Half().init(jax.random.key(0), x)
+    norm = variables["params"]["BatchNorm_0"] | {"scale": jnp.asarray(rng.uniform(0.5, 2, 32), jnp.float32)}
+    variables = {**variables, "params": {**variables["params"], "BatchNorm_0": norm}}
+    with pytest.raises(ValueError, match=r"off by its rounding: then pass more than tolerance=0\.001"):
+        quantize.fold(Half().apply, variables, x)
+    quantize.fold(Half().apply, variables, x, tolerance=0.02)
