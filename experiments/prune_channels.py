@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import tyro
 
 from experiments import _distilling, _results
 from experiments._channels import Network, Scores, Variables, drawn_for, whole
+from experiments._command import run_main
 from experiments._distilling import Room, bars, command, gathered, written
 from experiments._resnets import Resnet
 from experiments._results import Column
@@ -319,4 +319,4 @@ def main(config: Config) -> tuple[_results.Result, _results.Result]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -25,11 +25,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from rich.console import Console
 
 from experiments import _results
 from experiments._artefacts import BATCH, accuracy, classifier, load_plain, measure, save_plain
+from experiments._command import UsageError, run_main
 from experiments._progress import bar
 from experiments._results import Column, Row
 from experiments._selection import Choice, select
@@ -255,7 +255,7 @@ def main(config: Config) -> _results.Result:
       ValueError: no seeds, or a data set or split that isn't there.
     """
     if config.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+        raise UsageError(f"seeds must be at least 1, got {config.seeds}")
     console = Console()
     dataset = load(config.data, config.data_dir)
     runs = []
@@ -304,4 +304,4 @@ def collected(config: Config, dataset: Dataset, runs: list[Run]) -> _results.Res
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)
