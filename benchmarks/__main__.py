@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             print(f"{name:24} {(registry[name].__doc__ or '').strip().splitlines()[0]}")
         return 0
-    for name in names:
+    for number, name in enumerate(names, start=1):
+        print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)  # some take minutes
         found = _records.records(name, registry[name](options.rounds))
         print(_records.table(found), flush=True)
         if options.json:

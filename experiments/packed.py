@@ -29,7 +29,9 @@ def evaluate(
       data_dir: where its files are.
     """
     if not file.is_file():
-        raise UsageError(f"no file {file}: `python -m experiments.quickstart` writes one, runs/quickstart/seed0/packed.jxc")
+        raise UsageError(
+            f"no file {file}: `python -m experiments.quickstart` writes one, runs/quickstart/seed0/packed.jxc"
+        )
     model, variables = build(pack.load_metadata(file)), pack.load(file)
     dataset = load(data, data_dir)
     figures = measure(model, variables, dataset.test.read(for_model), os.path.getsize(file))
