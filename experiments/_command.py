@@ -18,13 +18,16 @@ def run_main(main: Callable[..., Any], config: Any = None) -> None:
 
     Args:
       main: called with a `config`, or, without one, with its own arguments from the command line.
-      config: the dataclass that the command line fills.
+      config: the dataclass that the command line fills; it has a number of seeds.
     """
     try:
         if config is None:
             tyro.cli(main)
         else:
-            main(tyro.cli(config))
+            settings = tyro.cli(config)
+            if settings.seeds < 1:  # before a teacher is trained for no student
+                raise UsageError(f"--seeds must be at least 1, got {settings.seeds}")
+            main(settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

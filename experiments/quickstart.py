@@ -13,6 +13,7 @@ transformation, a fake-quantizing transform and a distillation loss in one step.
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -234,7 +235,7 @@ class Run:
         command += ["--data", self.config.data]
         command += [] if self.config.data_dir is None else ["--data-dir", str(self.config.data_dir)]
         with self.console.status("packed file: evaluating in a new process"):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=beside())
         if done.returncode != 0:
             raise RuntimeError(f"evaluating {path} in a new process failed:\n{done.stderr}")
         answer = json.loads(done.stdout.splitlines()[-1])
@@ -246,6 +247,13 @@ class Run:
         """Has a model timed at the end, in turns with the others."""
         images = jnp.asarray(self.dataset.train.inputs()[:BATCH])
         self.calls[title] = partial(jax.jit(compressed(classifier(model))), variables, images)
+
+
+def beside() -> dict[str, str]:
+    """The environment of a process that runs while this one holds the device: a TPU is one process's, and of a GPU's
+    memory most is taken."""
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return os.environ | shared | ({"JAX_PLATFORMS": "cpu"} if jax.default_backend() == "tpu" else {})
 
 
 def main(config: Config) -> _results.Result:

@@ -83,6 +83,16 @@ def test_figures_become_records_and_a_file_of_them(tmp_path, tiny, capsys):
     assert printed.err.splitlines() == ["[1/2] test.many", "[2/2] test.one"]  # said before each; tables stay alone
 
 
+def test_what_an_extra_lacks_is_left_out_and_the_others_run(tiny, monkeypatch, capsys):
+    def absent(rounds):
+        raise ModuleNotFoundError("pip install it")
+
+    monkeypatch.setitem(harness.REGISTRY, "test.many", absent)
+    assert command.main(["test.*"]) == 1
+    printed = capsys.readouterr()
+    assert "test.many is left out: pip install it" in printed.err and "test.one" in printed.out
+
+
 def test_records_are_merged_by_name(tmp_path, tiny):
     file = tmp_path / "figures.json"
     others = [{"name": "zoo", "value": 1}, {"name": "test.many", "value": "old"}, {"name": "a", "value": 2}]

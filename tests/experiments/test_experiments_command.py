@@ -50,6 +50,13 @@ def test_a_bug_keeps_its_traceback(error, two_seeds):
         run_main(raising(error), Config)
 
 
+def test_no_seeds_are_refused_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "--seeds", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        run_main(raising(AssertionError("trained")), Config)
+    assert capsys.readouterr().err == "error: --seeds must be at least 1, got 0\n"
+
+
 def test_arguments_without_a_config(two_seeds):
     found = []
 
