@@ -206,13 +206,15 @@ class Arm:
 
 def main(config: Config) -> _results.Result:
     """Runs every method and seed, and writes the result and the figure."""
-    c, school = config, School(config)
+    c, shapes = config, ((8, 8, 4),) * 3
+    names = methods(Pair(shapes, shapes, (jnp.zeros(4),) * 3))  # which there are does not depend on the networks
+    if unknown := set(c.methods) - set(names):
+        raise UsageError(f"no method {', '.join(sorted(unknown))}: there are {', '.join(names)}")
+    school = School(config)
     room = school.room
     variables, rows = school.taught()
     pair = school.pair(variables, rows["maps"])
     known = methods(pair)
-    if unknown := set(c.methods) - set(known):
-        raise UsageError(f"no method {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     chosen = [name for name in known if name in (c.methods or known)]
     if "factor transfer (FT)" in chosen:
         rows["factors"] = school.factors(pair, rows["maps"][-1])
