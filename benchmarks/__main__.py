@@ -65,12 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             print(f"{name:24} {(registry[name].__doc__ or '').strip().splitlines()[0]}")
         return 0
-    for name in names:
-        found = _records.records(name, registry[name](options.rounds))
+    status = 0
+    for number, name in enumerate(names, start=1):
+        print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)  # some take minutes
+        try:
+            found = _records.records(name, registry[name](options.rounds))
+        except ModuleNotFoundError as error:  # an extra's: the others go on without it
+            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+            status = 1
+            continue
         print(_records.table(found), flush=True)
         if options.json:
             _records.merge(options.json, found)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

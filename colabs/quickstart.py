@@ -16,14 +16,19 @@
 # into a file.
 # Nothing in the model's code changes on the way.
 #
-# On Colab, take a runtime of your choice (a CPU is enough) and run the first cell.
+# It needs a checkout of the project with the `experiments` extra installed, and runs there or in the folder `colabs`.
+# On Colab, put the checkout there, `%cd` into it, and run the first cell, which installs the rest. A CPU is enough.
 
 # %%
+import importlib.util
 import os
 import sys
 
-if "google.colab" in sys.modules:  # a checkout of the project lies in the working directory
-    get_ipython().run_line_magic("pip", "install -q -e .[experiments]")
+sys.path[:0] = [".", ".."]  # of the checkout, only the library is installed; `experiments` lies beside it
+if "google.colab" in sys.modules:
+    gpu = os.path.exists("/dev/nvidiactl")  # a newer jax needs a newer libtpu or CUDA plugin than Colab's
+    chip = "jax[tpu]" if importlib.util.find_spec("libtpu") else "jax[cuda12]" if gpu else "jax"
+    get_ipython().run_line_magic("pip", f"install -q -e .[experiments] {chip}")
 
 SHORT = bool(os.environ.get("JAXCOMPRESS_SHORT"))  # CI runs the notebook in seconds; its figures then mean nothing
 

@@ -15,6 +15,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from experiments._bert import Size
+from experiments._command import UsageError
+from experiments.data import DataNotFoundError
 
 KEYS = {
     "layers": "num_hidden_layers",
@@ -43,13 +45,13 @@ def load_bert(folder: str | os.PathLike[str]) -> tuple[Size, dict[str, Any]]:
     """Size and parameters of the checkpoint in a folder.
 
     Raises:
-      FileNotFoundError: there is no `config.json` or no `model.safetensors`.
+      DataNotFoundError: there is no `config.json` or no `model.safetensors`.
       ValueError: the checkpoint is of another architecture, or its tensors are not those that its size asks for.
     """
     config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     for path in (config, weights):
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: a checkpoint is a folder with config.json and model.safetensors")
+            raise DataNotFoundError(f"no {path}: a checkpoint is a folder with config.json and model.safetensors")
     size = size_of(json.loads(config.read_text(encoding="utf-8")))
     return size, bert_params(load_file(weights), size)
 
@@ -61,10 +63,10 @@ def size_of(config: Mapping[str, Any]) -> Size:
       ValueError: a number is missing, or the encoder has not what the configuration asks for.
     """
     if missing := [key for key in KEYS.values() if key not in config]:
-        raise ValueError(f"no {', '.join(missing)} in the configuration of a BERT; it has {', '.join(config)}")
+        raise UsageError(f"no {', '.join(missing)} in the configuration of a BERT; it has {', '.join(config)}")
     for key, value in FIXED.items():
         if config.get(key, value) != value:
-            raise ValueError(f"the encoder has {key} {value!r} built in; the checkpoint has {config[key]!r}")
+            raise UsageError(f"the encoder has {key} {value!r} built in; the checkpoint has {config[key]!r}")
     return Size(**{ours: int(config[theirs]) for ours, theirs in KEYS.items()})
 
 
@@ -84,12 +86,12 @@ def bert_params(tensors: Mapping[str, np.ndarray], size: Size) -> dict[str, Any]
     wanted = _wanted(size)
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unknown:
-        raise ValueError(
+        raise UsageError(
             f"not the tensors of a BERT of {size}: missing {', '.join(missing) or 'none'}; unknown"
             f" {', '.join(unknown) or 'none'}"
         )
     if other := [f"{n} {given[n].shape}, not {shape}" for n, (_, shape) in wanted.items() if given[n].shape != shape]:
-        raise ValueError(f"tensors of other shapes than a BERT of {size} has: {'; '.join(other)}")
+        raise UsageError(f"tensors of other shapes than a BERT of {size} has: {'; '.join(other)}")
     params: dict[str, Any] = {}
     for name, (path, _) in wanted.items():
         *above, last = path

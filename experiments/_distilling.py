@@ -22,6 +22,7 @@ import optax
 
 from experiments import _pruning, _results
 from experiments._artefacts import load_plain, save_plain
+from experiments._command import UsageError
 from experiments._figures import bars
 from experiments._kept import kept, plain
 from experiments._pruning import curves
@@ -67,8 +68,8 @@ class Config:
     """The data set: digits, or mnist or cifar10 (with --data-dir)."""
     data_dir: Path | None = None
     """Where the data set's files are."""
-    out: Path = Path("experiments/results")
-    """Where the result file and the figure go."""
+    out: Path = Path("runs")
+    """Where the result file and the figure go; with experiments/results they take the place of the recorded ones."""
     log: Path | None = None
     """Where each training's metrics go, as JSON lines; by default a folder of the experiment's name in `out`."""
     resume: Path | None = None
@@ -134,7 +135,7 @@ class Room:
 
     def __init__(self, config: Config) -> None:
         if config.seeds < 1 or config.epochs < 1:
-            raise ValueError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
+            raise UsageError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
         self.config = config
         self.dataset: Dataset = load(config.data, config.data_dir)
         self.images, self.labels = (
@@ -297,7 +298,7 @@ class Learner:
         order, size = np.random.default_rng(seed), self.room.batch
         chosen = np.arange(len(self.room.labels)) if subset is None else np.asarray(subset)
         if len(chosen) < size:
-            raise ValueError(f"{len(chosen)} training images do not fill a batch of {size}")
+            raise UsageError(f"{len(chosen)} training images do not fill a batch of {size}")
         while True:
             mixed = order.permutation(chosen).astype(np.int32)
             for begin in range(0, len(mixed) - size + 1, size):

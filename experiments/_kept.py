@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from experiments._command import UsageError
 from experiments._splits import HeldOut, Read
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def kept(folder: Path | None, what: str, setting: str, test: HeldOut, measure: C
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["setting"] != setting:
-            raise ValueError(f"{path} is of other settings: {found['setting']}; take another --resume folder")
+            raise UsageError(f"{path} is of other settings: {found['setting']}; take another --resume folder")
         test.include(Read(**read) for read in found["reads"])
         value: T = found["value"]
         return value

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments._bert import Size
 from experiments._bert_import import load_bert
+from experiments._command import UsageError
 from experiments._reading import UNKNOWN, Vocabulary, padded
 
 SPECIAL = ("[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]")
@@ -37,7 +38,7 @@ class Pieces(Vocabulary):
     def __init__(self, path: Path) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         if missing := [piece for piece in SPECIAL if piece not in lines]:
-            raise ValueError(f"{path} has no {', '.join(missing)}: not the word pieces of a BERT")
+            raise UsageError(f"{path} has no {', '.join(missing)}: not the word pieces of a BERT")
         first = [lines.index(piece) for piece in SPECIAL]
         self.order = np.array(first + [i for i, piece in enumerate(lines) if piece not in SPECIAL])
         self.numbers = {lines[i]: number for number, i in enumerate(self.order)}
@@ -79,7 +80,7 @@ def load_checkpoint(folder: Path, tokens: int) -> tuple[Pieces, Size, dict[str, 
     size, params = load_bert(folder)
     pieces = Pieces(folder / "vocab.txt")
     if len(pieces) != size.vocabulary or tokens > size.positions:
-        raise ValueError(
+        raise UsageError(
             f"{folder} has {len(pieces)} word pieces for {size.vocabulary} rows, and {size.positions} positions"
             f" for {tokens} tokens"
         )

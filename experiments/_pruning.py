@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from experiments import _results
+from experiments._command import UsageError
 from experiments._selection import Choice, select
 from experiments._splits import Split
 from experiments.data import Dataset, load
@@ -88,8 +89,8 @@ class Config:
     """The data set: digits, or mnist (with --data-dir)."""
     data_dir: Path | None = None
     """Where the data set's files are."""
-    out: Path = Path("experiments/results")
-    """Where the result file and the figure go."""
+    out: Path = Path("runs")
+    """Where the result file and the figure go; with experiments/results they take the place of the recorded ones."""
     seeds: int = 3
     examples: int = 10_000
     """At most so many training images: the first of the split, which is mixed."""
@@ -106,12 +107,12 @@ class Lab:
         self.dataset = dataset or load(config.data, config.data_dir)
         if model is None:
             if config.model not in LAYERS:
-                raise ValueError(f"no model {config.model!r}: there are {', '.join(LAYERS)}")
+                raise UsageError(f"no model {config.model!r}: there are {', '.join(LAYERS)}")
             classes = self.dataset.classes
             model = Lenet(classes) if config.model == "lenet" else Strided(classes=classes)
         self.model = model
         if config.seeds < 1 or config.epochs < 1:
-            raise ValueError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
+            raise UsageError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
         images, labels = self.arrays(self.dataset.train)
         self.images, self.labels = images[: config.examples], labels[: config.examples]
         self.validation = self.arrays(self.dataset.validation)

@@ -13,6 +13,7 @@ import optax
 
 from experiments import _pruning
 from experiments._artefacts import load_plain, save_plain
+from experiments._command import UsageError
 from experiments._pruning import LAYERS, Lab, Loss, Strided, Trainer, sgd
 from experiments._results import Column
 from experiments._shakespeare import CONTEXT, TEXTS, Decoder, load_text, next_characters
@@ -226,9 +227,9 @@ def lab_for(config: Config) -> Images:
       ValueError: no such model, or a model of characters on images or the other way round.
     """
     if config.model not in MODELS:
-        raise ValueError(f"no model {config.model!r}: there are {', '.join(MODELS)}")
+        raise UsageError(f"no model {config.model!r}: there are {', '.join(MODELS)}")
     if (config.model == "decoder") != (config.data in TEXTS):
-        raise ValueError(f"the decoder goes with {' and '.join(TEXTS)} only, got {config.model} on {config.data}")
+        raise UsageError(f"the decoder goes with {' and '.join(TEXTS)} only, got {config.model} on {config.data}")
     if config.model == "decoder":
         return Characters(config)
     return Folded(config) if config.model == "folded" else Images(config)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from experiments._command import UsageError
 from experiments._splits import Dataset, HeldOut, Split
 from experiments.data import DataNotFoundError
 
@@ -35,7 +36,7 @@ def load_text(name: str, data_dir: Path | None = None, *, context: int = CONTEXT
       ValueError: no such text.
     """
     if name not in TEXTS:
-        raise ValueError(f"no text {name!r}: there are {', '.join(TEXTS)}")
+        raise UsageError(f"no text {name!r}: there are {', '.join(TEXTS)}")
     text = _help_texts()[:100_000] if name == "pydoc" else _file(data_dir).read_text(encoding="utf-8")
     parts = np.split(np.array(list(text)), [len(text) * 8 // 10, len(text) * 9 // 10])
     known = np.unique(parts[0])

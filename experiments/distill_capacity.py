@@ -12,9 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import _distilling, _results
+from experiments._command import UsageError, run_main
 from experiments._distilling import (
     Learner,
     Lesson,
@@ -281,9 +281,9 @@ def main(config: Config) -> list[_results.Result]:
     """Runs the parts."""
     run = {"growing": growing, "shapes": shapes}
     if not config.parts or set(config.parts) - set(run):
-        raise ValueError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
+        raise UsageError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
     return [run[part](config) for part in config.parts]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import _distilling, _results
 from experiments._average_precision import Detections, mean_average_precision
+from experiments._command import run_main
 from experiments._detector import Assigned, Detector, Outputs, anchors, assigned, detected, proposed
 from experiments._distilling import PARAMS, Learner, Lesson, Room, bars, command, gathered, parameters, written
 from experiments._results import Column
@@ -294,4 +294,4 @@ def reported(config: Config, room: SceneRoom, figures: list[Any]) -> _results.Re
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

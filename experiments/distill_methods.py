@@ -16,10 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import _distilling, _results
 from experiments._channels import changed
+from experiments._command import UsageError, run_main
 from experiments._distilling import (
     Learner,
     Lesson,
@@ -206,13 +206,15 @@ class Arm:
 
 def main(config: Config) -> _results.Result:
     """Runs every method and seed, and writes the result and the figure."""
-    c, school = config, School(config)
+    c, shapes = config, ((8, 8, 4),) * 3
+    names = methods(Pair(shapes, shapes, (jnp.zeros(4),) * 3))  # which there are does not depend on the networks
+    if unknown := set(c.methods) - set(names):
+        raise UsageError(f"no method {', '.join(sorted(unknown))}: there are {', '.join(names)}")
+    school = School(config)
     room = school.room
     variables, rows = school.taught()
     pair = school.pair(variables, rows["maps"])
     known = methods(pair)
-    if unknown := set(c.methods) - set(known):
-        raise ValueError(f"no method {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     chosen = [name for name in known if name in (c.methods or known)]
     if "factor transfer (FT)" in chosen:
         rows["factors"] = school.factors(pair, rows["maps"][-1])
@@ -275,4 +277,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

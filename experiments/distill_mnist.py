@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import _distilling, _results
+from experiments._command import UsageError, run_main
 from experiments._distilling import (
     Lesson,
     Mlp,
@@ -330,7 +330,7 @@ def ensemble(config: Config) -> _results.Result:
 def main(config: Config) -> list[_results.Result]:
     """Runs the parts; a seed's teacher is trained once for both of those that ask for it."""
     if not config.parts or set(config.parts) - set(PARTS):
-        raise ValueError(f"parts are {', '.join(PARTS)}; got {', '.join(config.parts) or 'none'}")
+        raise UsageError(f"parts are {', '.join(PARTS)}; got {', '.join(config.parts) or 'none'}")
     taught: list[Table | Sweep] = [Table(config)] if "table" in config.parts else []
     taught += [Sweep(config)] if "temperatures" in config.parts else []
     if taught:
@@ -342,4 +342,4 @@ def main(config: Config) -> list[_results.Result]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -15,10 +15,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import _distilling, _results
 from experiments._cifar100 import MODELS, PAIRS, Recipe
+from experiments._command import UsageError, run_main
 from experiments._distilling import (
     Learner,
     Lesson,
@@ -112,9 +112,9 @@ def main(config: Config) -> _results.Result:
     """Trains the teacher and the students, and writes the result and the figure."""
     c = config
     if unknown := {c.teacher, c.student} - {*MODELS, PRUNED} | {c.teacher} & {PRUNED}:
-        raise ValueError(f"no network {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
+        raise UsageError(f"no network {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
     if unknown := set(c.methods) - {LABELS, SOFT, DECOUPLED, STANDARD}:
-        raise ValueError(f"no method {', '.join(sorted(unknown))}: there are {LABELS}, {SOFT}, {DECOUPLED}, {STANDARD}")
+        raise UsageError(f"no method {', '.join(sorted(unknown))}: there are {LABELS}, {SOFT}, {DECOUPLED}, {STANDARD}")
     room = Room(c)
     teacher = MODELS[c.teacher]().clone(classes=room.dataset.classes)
 
@@ -199,4 +199,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from experiments import _bags, _distilling, _results
 from experiments._bert import Size
+from experiments._command import run_main
 from experiments._distilling import (
     PARAMS,
     Learner,
@@ -355,4 +355,4 @@ def reported(config: Config, room: TextRoom, teacher: Reader, figures: Any, choi
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

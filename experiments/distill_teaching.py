@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from experiments import _distilling, _results
+from experiments._command import run_main
 from experiments._distilling import (
     Learner,
     Lesson,
@@ -248,4 +248,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import _distilling, _results
 from experiments._bert import BASE, TINY, Bert, Size
+from experiments._command import run_main
 from experiments._distilling import bars, command, gathered, written
 from experiments._results import Column
 from experiments.data._texts import sentences
@@ -115,4 +115,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import _distilling, _results
+from experiments._command import UsageError, run_main
 from experiments._distilling import (
     Lesson,
     Mlp,
@@ -351,10 +351,10 @@ def main(config: Config) -> list[_results.Result]:
     """Runs the parts."""
     run = {"smoothing": smoothing, "partial": partly, "targets": targets}
     if not config.parts or set(config.parts) - set(run):
-        raise ValueError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
+        raise UsageError(f"parts are {', '.join(run)}; got {', '.join(config.parts) or 'none'}")
     known: Known = {}
     return [run[part](config, known) for part in config.parts]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from experiments._artefacts import measure
+from experiments._command import UsageError, run_main
 from experiments.data import load
 from experiments.models import build
 from jaxcompress import pack
@@ -27,6 +28,10 @@ def evaluate(
       data: the data set.
       data_dir: where its files are.
     """
+    if not file.is_file():
+        raise UsageError(
+            f"no file {file}: `python -m experiments.quickstart` writes one, runs/quickstart/seed0/packed.jxc"
+        )
     model, variables = build(pack.load_metadata(file)), pack.load(file)
     dataset = load(data, data_dir)
     figures = measure(model, variables, dataset.test.read(for_model), os.path.getsize(file))
@@ -34,4 +39,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    tyro.cli(evaluate)
+    run_main(evaluate)

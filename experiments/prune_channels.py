@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import tyro
 
 from experiments import _distilling, _results
 from experiments._channels import Network, Scores, Variables, drawn_for, whole
+from experiments._command import UsageError, run_main
 from experiments._distilling import Room, bars, command, gathered, written
 from experiments._resnets import Resnet
 from experiments._results import Column
@@ -242,6 +242,9 @@ class Bench:
 def main(config: Config) -> tuple[_results.Result, _results.Result]:
     """Measures every arm and seed, and writes the results and their figures."""
     bench, scores, others = Bench(config), list[Any](), list[Any]()
+    known = scores_of(bench.network, {}, config, 0)
+    if unknown := {*config.wide, *config.rewound} - set(known) | {*config.rewound} & {"lamp"}:
+        raise UsageError(f"no score {', '.join(sorted(unknown))}: there are {', '.join(known)} (lamp in --wide alone)")
     for seed in range(config.seeds):
         scores += bench.by_score(seed)
         print(f"scores, seed {seed}: done", flush=True)
@@ -319,4 +322,4 @@ def main(config: Config) -> tuple[_results.Result, _results.Result]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

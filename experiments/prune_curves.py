@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from experiments import _pruning, _results
+from experiments._command import UsageError, run_main
 from experiments._pruning import LAYERS, Lab, Trainer, all_kept, command, completed, coupled, held, sgd, write
 from experiments._results import Column, Row
 from jaxcompress import prune
@@ -260,7 +260,7 @@ NOTES = {
 def main(config: Config) -> _results.Result:
     """Runs a table, and writes the result and the figure."""
     if config.table not in TITLES:
-        raise ValueError(f"no table {config.table!r}: there are {', '.join(TITLES)}")
+        raise UsageError(f"no table {config.table!r}: there are {', '.join(TITLES)}")
     lab = Lab(config)
     rows_by_name = by_schedule(lab, config) if config.table == "schedules" else by_score(lab, config)
     rows = [Row.measured(name, by_seed) for name, by_seed in rows_by_name.items()]
@@ -284,4 +284,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from experiments import _pruning, _results
+from experiments._command import UsageError, run_main
 from experiments._pruning import Lab, command, held, write
 from experiments._results import Column, Row
 from experiments._selection import Choice
@@ -178,7 +178,7 @@ SOURCES = {
 def main(config: Config) -> _results.Result:
     """Runs a table, and writes the result and the figure."""
     if config.table not in TITLES:
-        raise ValueError(f"no table {config.table!r}: there are {', '.join(TITLES)}")
+        raise UsageError(f"no table {config.table!r}: there are {', '.join(TITLES)}")
     lab, choices = Lab(config), list[Choice]()
     if config.table == "supermasks":
         by_row, choices = supermask_rows(lab, config)
@@ -227,4 +227,4 @@ NOTES = {
 }
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -13,10 +13,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import tyro
 
 from experiments import _distilling, _results
 from experiments._channels import whole
+from experiments._command import run_main
 from experiments._distilling import Room, command, curves, gathered, written
 from experiments._results import Column
 from jaxcompress.prune import channels
@@ -151,4 +151,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

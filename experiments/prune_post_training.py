@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import _pruning, _results
+from experiments._command import UsageError, run_main
 from experiments._pruning import LAYERS, Lab, command, sgd, write
 from experiments._results import Column, Row
 from jaxcompress import prune
@@ -62,7 +62,7 @@ def main(config: Config) -> _results.Result:
     """Trains, prunes by each method to each sparsity, and writes the result and the figure."""
     lab = Lab(config)
     if not 1 <= config.calibration <= len(lab.labels):
-        raise ValueError(f"want 1 to {len(lab.labels)} calibration images, got {config.calibration}")
+        raise UsageError(f"want 1 to {len(lab.labels)} calibration images, got {config.calibration}")
     trainer, columns = lab.trainer(sgd), settings(config)
     batches = [lab.images[: config.calibration]]
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("dense", *METHODS)}
@@ -100,4 +100,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

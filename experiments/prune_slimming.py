@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from experiments import _pruning, _results
+from experiments._command import run_main
 from experiments._pruning import Lab, Strided, Trainer, command, completed, coupled, held, sgd, write
 from experiments._results import Column, Row
 from experiments.data import load
@@ -164,4 +164,4 @@ def main(config: Config) -> _results.Result:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

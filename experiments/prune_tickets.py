@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import _pruning, _results
+from experiments._command import run_main
 from experiments._pruning import LAYERS, Lab, Trainer, command, completed, coupled, held, write
 from experiments._results import Column, Row
 from experiments._statistics import paired_difference
@@ -215,4 +215,4 @@ def points(rows: list[Row], key: str) -> dict[str, list[tuple[float, tuple[float
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -12,9 +12,9 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments import _quantizing, _results
+from experiments._command import run_main
 from experiments._pruning import command, write
 from experiments._quantizing import adam, keyed, lab_for, taught
 from experiments._results import Row
@@ -128,4 +128,4 @@ def centroid_figure(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from experiments import _quantizing, _results
+from experiments._command import UsageError, run_main
 from experiments._pruning import command
 from experiments._quantizing import Images, keyed, lab_for
 from experiments._results import Column, Row
@@ -49,10 +49,10 @@ def main(config: Config) -> _results.Result:
     """Trains, quantizes by both libraries, measures, and writes the result.
 
     Raises:
-      ModuleNotFoundError: qwix is not installed.
+      UsageError: qwix is not installed.
     """
     if importlib.util.find_spec("qwix") is None:
-        raise ModuleNotFoundError("this experiment measures beside qwix: pip install jaxcompress[peers] has it")
+        raise UsageError("this experiment measures beside qwix: pip install jaxcompress[peers] has it")
     lab = lab_for(config)
     found: dict[str, dict[int, dict[str, float]]] = {}
     refused: dict[str, str] = {}
@@ -159,4 +159,4 @@ def _stepper(apply: Apply, params: Any, lab: Images) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

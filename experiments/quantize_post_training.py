@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import tyro
 
 from experiments import _quantizing, _results
+from experiments._command import UsageError, run_main
 from experiments._pruning import command, write
 from experiments._quantizing import Images, keyed, lab_for
 from experiments._results import Column, Row
@@ -108,7 +108,7 @@ def main(config: Config) -> _results.Result:
     """Trains, quantizes by each method to each number of bits, and writes the two results and the figure."""
     lab = lab_for(config)
     if not 1 <= config.calibration <= len(lab.labels):
-        raise ValueError(f"want 1 to {len(lab.labels)} calibration images, got {config.calibration}")
+        raise UsageError(f"want 1 to {len(lab.labels)} calibration images, got {config.calibration}")
     batches = [lab.images[: config.calibration]]
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("float", *METHODS)}
     formats: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("float32", *FORMATS)}
@@ -172,4 +172,4 @@ def _formats(lab: Images, config: Config, found: dict[str, dict[int, dict[str, f
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from experiments import _quantizing, _results, quantize_post_training
+from experiments._command import run_main
 from experiments._kept import kept
 from experiments._pruning import Trainer, command, write
 from experiments._quantizing import Images, keyed, lab_for, taught
@@ -188,4 +188,4 @@ def _result(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

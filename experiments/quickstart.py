@@ -13,6 +13,7 @@ transformation, a fake-quantizing transform and a distillation loss in one step.
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -25,11 +26,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from rich.console import Console
 
 from experiments import _results
 from experiments._artefacts import BATCH, accuracy, classifier, load_plain, measure, save_plain
+from experiments._command import UsageError, run_main
 from experiments._progress import bar
 from experiments._results import Column, Row
 from experiments._selection import Choice, select
@@ -234,7 +235,7 @@ class Run:
         command += ["--data", self.config.data]
         command += [] if self.config.data_dir is None else ["--data-dir", str(self.config.data_dir)]
         with self.console.status("packed file: evaluating in a new process"):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=beside())
         if done.returncode != 0:
             raise RuntimeError(f"evaluating {path} in a new process failed:\n{done.stderr}")
         answer = json.loads(done.stdout.splitlines()[-1])
@@ -248,6 +249,13 @@ class Run:
         self.calls[title] = partial(jax.jit(compressed(classifier(model))), variables, images)
 
 
+def beside() -> dict[str, str]:
+    """The environment of a process that runs while this one holds the device: a TPU is one process's, and of a GPU's
+    memory most is taken."""
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return os.environ | shared | ({"JAX_PLATFORMS": "cpu"} if jax.default_backend() == "tpu" else {})
+
+
 def main(config: Config) -> _results.Result:
     """Runs every seed, prints the table, and writes the figure and the JSON.
 
@@ -255,7 +263,7 @@ def main(config: Config) -> _results.Result:
       ValueError: no seeds, or a data set or split that isn't there.
     """
     if config.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+        raise UsageError(f"seeds must be at least 1, got {config.seeds}")
     console = Console()
     dataset = load(config.data, config.data_dir)
     runs = []
@@ -304,4 +312,4 @@ def collected(config: Config, dataset: Dataset, runs: list[Run]) -> _results.Res
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(main, Config)

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import tyro
-
+from experiments._command import run_main
 from experiments._results import Column, Figure, Result, read
 
 HERE = Path(__file__).parent
@@ -116,4 +115,4 @@ def _line(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_main(main)

@@ -15,6 +15,7 @@ and prints its splits. To add one, write a file like `_digits.py` and list it in
 
 import os
 
+from experiments._command import UsageError
 from experiments._splits import Dataset, HeldOut, Read, Split, SplitRecord, stratify
 from experiments.data import _cifar10, _cifar100, _digits, _mnist
 from experiments.data._batches import Augment, Batch, Batches, batches
@@ -61,7 +62,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
       ValueError: no such data set, or its files are not what they should be.
     """
     if name not in SOURCES:
-        raise ValueError(f"no data set {name!r}: there are {', '.join(SOURCES)}")
+        raise UsageError(f"no data set {name!r}: there are {', '.join(SOURCES)}")
     source = SOURCES[name]
     root = prepared(source, data_dir)
     images, labels = read_records(source, root, source.train)

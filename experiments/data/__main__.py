@@ -1,10 +1,8 @@
 """`python -m experiments.data --name digits --data-dir DIR`: prepares a data set, prints its splits' hashes."""
 
-import sys
 from pathlib import Path
 
-import tyro
-
+from experiments._command import run_main
 from experiments.data import load
 
 
@@ -16,10 +14,7 @@ def main(name: str = "digits", data_dir: Path | None = None) -> None:
       data_dir: the folder with prepared or original files; default: $JAXCOMPRESS_DATA_DIR, else
         ~/.cache/jaxcompress/tfds.
     """
-    try:
-        dataset = load(name, data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    dataset = load(name, data_dir)
     height, width, channels = dataset.train.images.shape[1:]
     print(f"{name}: images {height}x{width}x{channels}, {dataset.classes} classes")
     for split, record in dataset.records().items():
@@ -27,4 +22,4 @@ def main(name: str = "digits", data_dir: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_main(main)

@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from experiments._command import UsageError
 from experiments.data._prepare import DataNotFoundError, Source
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -44,7 +45,7 @@ class Cifar10Jpeg(tfds.core.GeneratorBasedBuilder):
         for part, path in self._archives.items():
             found = hashlib.sha256(path.read_bytes()).hexdigest()
             if found != SHA256[part]:
-                raise ValueError(f"{path} is not the archive wanted: its sha256 is {found}, not {SHA256[part]}")
+                raise UsageError(f"{path} is not the archive wanted: its sha256 is {found}, not {SHA256[part]}")
         return {part: self._generate_examples(path) for part, path in self._archives.items()}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

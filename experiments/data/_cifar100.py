@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from experiments._command import UsageError
 from experiments.data._prepare import DataNotFoundError, Source
 
 PARTS = ("train", "test")
@@ -41,7 +42,7 @@ class Cifar100Binary(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         content = np.fromfile(path, np.uint8)
         if not len(content) or len(content) % RECORD:
-            raise ValueError(f"{path} is not of CIFAR-100's binary version: {len(content)} bytes are no whole records")
+            raise UsageError(f"{path} is not of CIFAR-100's binary version: {len(content)} bytes are no whole records")
         for i, record in enumerate(content.reshape(-1, RECORD)):
             pixels = record[2:].reshape(3, 32, 32).transpose(1, 2, 0)
             yield i, {"image": Image.fromarray(np.ascontiguousarray(pixels)), "label": int(record[1])}

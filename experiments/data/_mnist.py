@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from experiments._command import UsageError
 from experiments.data._prepare import DataNotFoundError, Source
 
 # md5 of the uncompressed content: the .gz around it differs from one gzip run to the next
@@ -57,14 +58,14 @@ def read_idx(path: Path, md5: str | None) -> np.ndarray:
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+            raise UsageError(f"{path} is not a whole gzip file: {error}") from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 is not None and found != md5:
-        raise ValueError(f"{path} is not the official file: its uncompressed content has md5 {found}, not {md5}")
+        raise UsageError(f"{path} is not the official file: its uncompressed content has md5 {found}, not {md5}")
     rank = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = tuple(int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, rank + 1))
     if not rank or len(content) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(
+        raise UsageError(
             f"{path} is not an idx file of unsigned bytes: {len(content)} bytes, header {content[:16].hex()}"
         )
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -14,8 +14,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
+from experiments._command import UsageError
 
-class DataNotFoundError(FileNotFoundError):
+
+class DataNotFoundError(FileNotFoundError, UsageError):
     """The files of a data set are not where they were looked for."""
 
 
@@ -105,15 +107,15 @@ def _has_records(source: Source, root: Path) -> bool:
     except ValueError as error:
         raise _damaged(info.parent, error) from error
     if file_format != "array_record":
-        raise ValueError(
+        raise UsageError(
             f"{info.parent} holds {file_format} files, which cannot be read without TensorFlow: prepare"
             f' {source.name} with tfds and file_format="array_record", or give a --data-dir with the original files'
         )
     return True
 
 
-def _damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"the records in {folder} are damaged; remove that folder and they are made anew. ({error})")
+def _damaged(folder: Path, error: Exception) -> UsageError:
+    return UsageError(f"the records in {folder} are damaged; remove that folder and they are made anew. ({error})")
 
 
 def _writable(folder: Path) -> bool:

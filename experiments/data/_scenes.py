@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from experiments._command import UsageError
 from experiments._splits import Dataset, HeldOut, Split
 from experiments.data._prepare import DataNotFoundError
 
@@ -58,7 +59,7 @@ def load_scenes(name: str, data_dir: str | os.PathLike[str] | None = None, width
     if name == "scattered":
         return scattered()
     if name != "bccd":
-        raise ValueError(f"no data set of scenes {name!r}: there are bccd and scattered")
+        raise UsageError(f"no data set of scenes {name!r}: there are bccd and scattered")
     path = Path(data_dir or os.environ.get("JAXCOMPRESS_DATA_DIR") or ".") / "bccd.zip"
     if not path.is_file():
         raise DataNotFoundError(f"no BCCD: there is no {path}; give --data-dir or $JAXCOMPRESS_DATA_DIR")

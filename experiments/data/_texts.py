@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments._command import UsageError
 from experiments._splits import Dataset, HeldOut, Split, SplitRecord, stratify
 from experiments.data._prepare import DataNotFoundError
 
@@ -36,7 +37,7 @@ def load_texts(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dat
     if name == "descriptions":
         return descriptions()
     if name != "sst2":
-        raise ValueError(f"no data set of sentences {name!r}: there are sst2 and descriptions")
+        raise UsageError(f"no data set of sentences {name!r}: there are sst2 and descriptions")
     read = {part: labelled(_found(data_dir, file)) for part, file in PARTS.items()}
     splits = {part: Split(part, as_bytes(texts), labels, 255) for part, (texts, labels) in read.items()}
     return Dataset(name, 2, splits["train"], splits["validation"], HeldOut(splits["test"]))
@@ -78,9 +79,9 @@ def labelled(path: Path) -> tuple[list[str], np.ndarray]:
     rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
     for number, row in enumerate(rows, 1):
         if len(row) != 2 or row[1] not in ("0", "1") or not row[0]:
-            raise ValueError(f"{path}, line {number}: want SENTENCE<TAB>LABEL with label 0 or 1, got {row}")
+            raise UsageError(f"{path}, line {number}: want SENTENCE<TAB>LABEL with label 0 or 1, got {row}")
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise UsageError(f"{path} is empty")
     return [text for text, _ in rows], np.array([int(label) for _, label in rows], np.int32)
 
 

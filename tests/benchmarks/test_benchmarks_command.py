@@ -78,8 +78,19 @@ def test_figures_become_records_and_a_file_of_them(tmp_path, tiny, capsys):
     assert (found[0]["value"], found[0]["spread"], found[0]["coverage"], found[0]["rounds"]) == (2, [1, 3], 0.75, 3)
     assert (found[1]["value"], found[1]["unit"], found[1]["detail"]) == (10_000, "bytes", {"of": 2})
     assert found[2]["rounds"] == 6
-    printed = capsys.readouterr().out
-    assert "10,000 bytes" in printed and "1 .. 3" in printed
+    printed = capsys.readouterr()
+    assert "10,000 bytes" in printed.out and "1 .. 3" in printed.out
+    assert printed.err.splitlines() == ["[1/2] test.many", "[2/2] test.one"]  # said before each; tables stay alone
+
+
+def test_what_an_extra_lacks_is_left_out_and_the_others_run(tiny, monkeypatch, capsys):
+    def absent(rounds):
+        raise ModuleNotFoundError("pip install it")
+
+    monkeypatch.setitem(harness.REGISTRY, "test.many", absent)
+    assert command.main(["test.*"]) == 1
+    printed = capsys.readouterr()
+    assert "test.many is left out: pip install it" in printed.err and "test.one" in printed.out
 
 
 def test_records_are_merged_by_name(tmp_path, tiny):

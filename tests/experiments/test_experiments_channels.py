@@ -10,6 +10,7 @@ import pytest
 
 from experiments import _results, prune_channels, prune_norms
 from experiments._channels import Network, changed, drawn_for, whole
+from experiments._command import UsageError
 from experiments._distilling import Room, command
 from experiments._pruning import Strided
 from jaxcompress.prune import channels
@@ -106,6 +107,12 @@ def test_training_with_changed_images_and_a_teacher_that_sees_them():
 def test_norms(tmp_path):
     rows = checked(prune_norms.main(dataclasses.replace(prune_norms.SHORT, out=tmp_path)), tmp_path)
     assert len(rows) == 6
+
+
+@pytest.mark.parametrize("scores", [{"wide": ("x",)}, {"rewound": ("x",)}, {"rewound": ("lamp",)}])
+def test_refuses_scores_that_there_are_not_before_it_trains(scores):
+    with pytest.raises(UsageError, match=r"no score .*: there are l1, l2, .* \(lamp in --wide alone\)"):
+        prune_channels.main(dataclasses.replace(SETTING, **scores))
 
 
 def test_commands():

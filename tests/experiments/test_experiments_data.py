@@ -318,5 +318,5 @@ def test_the_command_prints_counts_and_hashes(digits_dir, digits):
         assert any(
             line.split()[:2] == [name, f"{record.examples:,}"] and record.sha256 in line for line in out.splitlines()
         )
-    with pytest.raises(SystemExit, match=r"^error: no MNIST in .*nothing"):
+    with pytest.raises(DataNotFoundError, match=r"^no MNIST in .*nothing"):
         main("mnist", digits_dir / "nothing")

@@ -17,6 +17,7 @@ from experiments import (
     quantize_post_training,
     quantize_training,
 )
+from experiments._command import UsageError
 from jaxcompress import quantize
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
@@ -144,7 +145,7 @@ def test_beside_qwix_on_a_short_run(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("qwix") is not None, reason="qwix is there")
 def test_without_qwix_it_says_so():
-    with pytest.raises(ModuleNotFoundError, match=r"pip install jaxcompress\[peers\]"):
+    with pytest.raises(UsageError, match=r"pip install jaxcompress\[peers\]"):
         quantize_peer.main(quantize_peer.SHORT)
 
 

@@ -101,6 +101,15 @@ def test_accuracy_of_a_compressed_model_is_that_of_its_dense_value():
     assert clean == plain and noisy < 0.4  # nothing is left to see under such noise
 
 
+def test_the_second_process_asks_for_no_tpu_and_for_no_more_memory_than_it_needs(monkeypatch):
+    here = quickstart.beside()
+    assert here["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false" and here["PATH"]
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert "JAX_PLATFORMS" not in quickstart.beside()
+    monkeypatch.setattr(quickstart.jax, "default_backend", lambda: "tpu")
+    assert quickstart.beside()["JAX_PLATFORMS"] == "cpu"
+
+
 def test_refuses_no_seeds(tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 1"):
         quickstart.main(quickstart.Config(seeds=0, out=tmp_path))
