@@ -125,12 +125,19 @@ def check_float(weight: Any) -> Array:
         raise TypeError(f"quantize takes a real floating-point weight, got {weight.dtype}{list(weight.shape)}")
     if not weight.shape:
         raise ValueError("a single number is no weight: there is nothing that could share a scale")
+    check_entries(weight)
     if not isinstance(weight, jax.core.Tracer):
         with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
             finite = bool(jnp.all(jnp.isfinite(weight)))
         if not finite:
             raise ValueError(f"weight of shape {weight.shape} has non-finite values; no scale fits them")
     return weight
+
+
+def check_entries(weight: Any) -> None:
+    """Raises ValueError for a weight with an axis of size zero, which has no largest entry."""
+    if not jnp.size(weight):
+        raise ValueError(f"a weight of shape {jnp.shape(weight)} has no entries: leave it out of the rules")
 
 
 def _grid(weight: Array, spec: Affine, spare: int = 0) -> tuple[Array, Array | None]:
