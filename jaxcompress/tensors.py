@@ -12,8 +12,10 @@ Of a `Quantized` kernel `a/b/kernel`, `[inputs, outputs]`, the file has (`[outpu
 * `a.b.weight_zero_point`, where there is one: int8, or packed along the outputs;
 * `a.b.input_scale` and `a.b.input_zero_point` of static inputs.
 
-Other arrays are there as they are, with dots in their names. Files of other programs are read too: whose config names
-classes (`"targets": ["Linear"]`) or patterns (`"re:.*_proj"`) instead of the kernels. Needs the package `safetensors`.
+Other arrays are there as they are, with dots in their names. What those do not tell, the path of a leaf that is not
+named `kernel` or has dots in it, the file's metadata has, for `load`. Files of other programs are read too: whose
+config names classes (`"targets": ["Linear"]`) or patterns (`"re:.*_proj"`) instead of the kernels. Needs the package
+`safetensors`.
 """
 
 import json
@@ -30,7 +32,7 @@ from jaxcompress._files import replacing
 from jaxcompress.arrays import Quantized, is_leaf
 from jaxcompress.paths import named_leaves
 
-_KEY = "quantization_config"
+_KEY, _PATHS = "quantization_config", "jaxcompress_paths"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"} | {
     f"{kind}{bits}": f"{name}{bits}"
@@ -56,21 +58,30 @@ def save(path: str | os.PathLike[str], params: Any) -> dict[str, Any]:
       The `quantization_config`, which the file's metadata holds too.
 
     Raises:
-      TypeError, ValueError: a leaf that the layout has no place for, named by its path.
+      TypeError, ValueError: a leaf that the layout has no place for, or whose place another has, named by its path.
     """
     from safetensors.numpy import save as to_bytes
 
     tensors: dict[str, np.ndarray] = {}
     groups: dict[str, list[str]] = {}
+    owners: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for name, leaf in named_leaves(params, is_leaf):
-        dotted = name.replace("/", ".")
-        if not is_leaf(leaf):
-            tensors[dotted] = np.asarray(leaf)
-            continue
-        module = dotted.removesuffix(".kernel").removesuffix(".weight")
-        scheme, parts = _taken_apart(name, leaf)
-        tensors |= {f"{module}.{part}": np.ascontiguousarray(array) for part, array in parts.items()}
-        groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(module)
+        read_as = name.replace("/", ".")
+        if is_leaf(leaf):
+            module = read_as.removesuffix(".kernel").removesuffix(".weight")
+            scheme, arrays = _taken_apart(name, leaf)
+            parts = {f"{module}.{part}": np.ascontiguousarray(array) for part, array in arrays.items()}
+            groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(module)
+            read_as = f"{module}.kernel"
+        else:
+            parts = {read_as: np.asarray(leaf)}
+        for part in {*parts, read_as}:
+            if owners.setdefault(part, name) != name:
+                raise ValueError(f"{name!r} and {owners[part]!r} would both be {part!r} in the file: rename one")
+        tensors |= parts
+        if read_as.replace(".", "/") != name:
+            paths[read_as] = name
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -84,7 +95,8 @@ def save(path: str | os.PathLike[str], params: Any) -> dict[str, Any]:
     if len(formats) == 1:
         config["format"] = formats.pop()
     with replacing(path) as file:
-        file.write(to_bytes(tensors, {"format": "np", _KEY: json.dumps(config)}))
+        told = {_PATHS: json.dumps(paths)} if paths else {}
+        file.write(to_bytes(tensors, {"format": "np", _KEY: json.dumps(config), **told}))
     return config
 
 
@@ -113,10 +125,15 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
     if config.get("quant_method") != "compressed-tensors":
         raise ValueError(f"want quant_method 'compressed-tensors', got {config.get('quant_method')!r}")
     tree: dict[str, Any] = {}
+    paths = json.loads(metadata.get(_PATHS, "{}"))
+
+    def steps(name: str) -> list[str]:
+        return paths[name].split("/") if name in paths else name.split(".")
+
     for module, group in list(_modules(config, tensors)):
-        _put(tree, [*module.split("."), "kernel"], _put_together(module, group, tensors))
+        _put(tree, steps(f"{module}.kernel"), _put_together(module, group, tensors))
     for name, array in tensors.items():
-        _put(tree, name.split("."), jnp.asarray(array))
+        _put(tree, steps(name), jnp.asarray(array))
     return tree
 
 

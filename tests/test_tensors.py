@@ -152,3 +152,25 @@ def test_refuses(tree, tmp_path):
         tensors.load(path, config)
     with pytest.raises(ValueError, match="gptq"):
         tensors.load(path, {"quant_method": "gptq"})
+
+
+def test_paths_that_the_files_names_do_not_tell_come_back(tmp_path):
+    weight = jnp.asarray(np.arange(12).reshape(4, 3), jnp.float32)
+    params = {
+        "model.layers.0": {"kernel": weight, "bias": jnp.ones(3)},
+        "model": {"table": weight, "weight": weight, "scale": jnp.ones(2)},
+        "w": weight,
+    }
+    small = quantize.convert(params, {"kernel$|table$|weight$|w$": Affine(4)})
+    tensors.save(tmp_path / "model.safetensors", small)
+    back = tensors.load(tmp_path / "model.safetensors")
+    assert jax.tree.structure(back) == jax.tree.structure(small)
+    jax.tree.map(np.testing.assert_array_equal, back, small)
+    assert "model.layers.0.weight_packed" in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_scale"])
+def test_two_leaves_of_one_name_in_the_file_are_refused(name, tmp_path):
+    tree = {"a": quantize.convert({"kernel": jnp.ones((4, 3)), name: jnp.ones((4, 3))}, {"kernel$": Affine(8)})}
+    with pytest.raises(ValueError, match=rf"would both be 'a\.{name}' in the file"):
+        tensors.save(tmp_path / "model.safetensors", tree)

@@ -41,7 +41,8 @@ def pack_indices(indices: UInt8[Array, "*lead n"], bits: int) -> UInt8[Array, "*
         return indices
     a_byte = 8 // bits
     padded = jnp.pad(indices, [(0, 0)] * (indices.ndim - 1) + [(0, -indices.shape[-1] % a_byte)])
-    parts = [padded[..., i::a_byte] << (i * bits) for i in range(a_byte)]
+    # not by indexing: on a mesh with explicit axes a strided index is a gather, whose sharding is open
+    parts = [lax.slice_in_dim(padded, i, None, a_byte, axis=-1) << (i * bits) for i in range(a_byte)]
     return functools.reduce(jnp.bitwise_or, parts)
 
 
@@ -58,3 +59,10 @@ def from_table(table: Array, indices: Array) -> Array:
     sharding = jax.typeof(indices).sharding
     kept = sharding if any(entry is not None for entry in sharding.spec) else None
     return table.at[indices].get(mode="promise_in_bounds", out_sharding=kept)
+
+
+def repeated(x: Array, times: int, axis: int) -> Array:
+    """`jnp.repeat`, which wants to be told a sharding where `x` has one in its type; this keeps it."""
+    axis %= x.ndim
+    wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*x.shape[: axis + 1], times, *x.shape[axis + 1 :]))
+    return lax.collapse(wide, axis, axis + 2)

@@ -20,6 +20,7 @@ from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import WORTH
 
 FEW = 128  # rows; with more of them three products of integers take longer than decoding and one of floats
+WHOLE = 127 * 256**2  # of half precision too: beside one large number two digits lose what its small ones have
 LITTLE, FEWER = 1 << 12, 4  # weights of that many on, less than are worth tiles, pay for so many rows
 
 
@@ -63,15 +64,14 @@ def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quant
 def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
     rows = _as_rows(x, dims).astype(jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-36)
-    digits = 3 if x.dtype == jnp.float32 else 2  # of half precision two hold all there is
-    number = jnp.round(rows / largest * (127 * 256 ** (digits - 1))).astype(jnp.int32)
-    number += sum(128 * 256**i for i in range(digits))  # so that each byte of it is a digit's code, 128 larger
-    shifts = jnp.arange(8 * digits - 8, -1, -8)[:, None, None]
+    number = jnp.round(rows / largest * WHOLE).astype(jnp.int32)
+    number += 128 * (1 + 256 + 256**2)  # so that each byte of it is a digit's code, 128 larger
+    shifts = jnp.asarray([16, 8, 0])[:, None, None]
     codes = lax.optimization_barrier(((number >> shifts & 255) - 128).astype(jnp.int8))  # or XLA makes them twice
     total: Any = 0.0
     for sums in _sums(codes, w, dims):
         total = total * 256 + sums.astype(jnp.float32)
-    return _as_output(total / (127 * 256 ** (digits - 1)) * largest, x, w, dims)
+    return _as_output(total / WHOLE * largest, x, w, dims)
 
 
 def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list[Int32[Array, "rows columns"]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int8, UInt8
 
-from jaxcompress.arrays._bits import from_table, pack_signed, signed_parts, unpack_signed
+from jaxcompress.arrays._bits import from_table, pack_signed, repeated, signed_parts, unpack_signed
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
 
@@ -158,7 +158,7 @@ class Quantized(Leaf):
         if self.group is None or per_block.shape[self.group[0]] == 1:
             return per_block
         axis, size = self.group
-        spread = jnp.repeat(per_block, size, axis=axis)
+        spread = repeated(per_block, size, axis)
         return jax.lax.slice_in_dim(spread, 0, self.shape[axis], axis=axis)
 
     @property

@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress import features
 from jaxcompress.arrays import Leaf, compressed, is_leaf, register
 from jaxcompress.arrays._products import ON_THE_WAY, Dims, free_axes, is_float, register_product
+from jaxcompress.calibrate._meshes import replicated
 from jaxcompress.paths import Rules, UnmatchedRuleError, match, named_leaves, with_leaves
 
 _PREFIX = "jaxcompress.calibrate:"
@@ -82,7 +83,7 @@ def _counts(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axe
     low, high = w.bounds[0], w.bounds[1]
     width = jnp.where(high > low, (high - low) / w.bins, 1.0)
     at = jnp.clip(jnp.floor((x.astype(jnp.float32) - low) / width), 0, w.bins - 1).astype(jnp.int32)
-    return jnp.bincount(at.reshape(-1), length=w.bins)
+    return replicated(lambda at: jnp.bincount(at.reshape(-1), length=w.bins), at)
 
 
 def _noise(w: Watched, x: Array, out: Array, other: Any, own: Axes, inputs: Axes) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import Quantized
+from jaxcompress.arrays._bits import repeated
 
 
 def integers(name: str, values: Any) -> tuple[int, ...]:
@@ -125,12 +126,19 @@ def check_float(weight: Any) -> Array:
         raise TypeError(f"quantize takes a real floating-point weight, got {weight.dtype}{list(weight.shape)}")
     if not weight.shape:
         raise ValueError("a single number is no weight: there is nothing that could share a scale")
+    check_entries(weight)
     if not isinstance(weight, jax.core.Tracer):
         with jax.ensure_compile_time_eval():  # a constant of a function that is being traced
             finite = bool(jnp.all(jnp.isfinite(weight)))
         if not finite:
             raise ValueError(f"weight of shape {weight.shape} has non-finite values; no scale fits them")
     return weight
+
+
+def check_entries(weight: Any) -> None:
+    """Raises ValueError for a weight with an axis of size zero, which has no largest entry."""
+    if not jnp.size(weight):
+        raise ValueError(f"a weight of shape {jnp.shape(weight)} has no entries: leave it out of the rules")
 
 
 def _grid(weight: Array, spec: Affine, spare: int = 0) -> tuple[Array, Array | None]:
@@ -176,7 +184,8 @@ def _over_blocks(reduce: Any, weight: Array, spec: Affine) -> Array:
     axis, size = _axis(spec.group[0], weight.ndim), spec.group[1]
     shortage = -weight.shape[axis] % size
     padding = [(0, shortage if i == axis else 0) for i in range(weight.ndim)]
-    padded = jnp.pad(weight, padding, mode="edge")  # a repeated weight changes neither minimum nor maximum
+    # a repeated weight changes neither minimum nor maximum; no padding of nothing, which explicit axes would not divide
+    padded = jnp.pad(weight, padding, mode="edge") if shortage else weight
     split = padded.reshape(*weight.shape[:axis], -1, size, *weight.shape[axis + 1 :])
     inner = [axis + 1] + [i + (i > axis) for i in over if i != axis]
     return jnp.squeeze(reduce(split, axis=tuple(inner), keepdims=True), axis + 1)
@@ -186,7 +195,7 @@ def _spread(per_block: Array, shape: Sequence[int], spec: Affine) -> Array:
     if spec.group is None:
         return per_block
     axis = _axis(spec.group[0], len(shape))
-    return jax.lax.slice_in_dim(jnp.repeat(per_block, spec.group[1], axis=axis), 0, shape[axis], axis=axis)
+    return jax.lax.slice_in_dim(repeated(per_block, spec.group[1], axis), 0, shape[axis], axis=axis)
 
 
 def _axis(axis: int, ndim: int) -> int:

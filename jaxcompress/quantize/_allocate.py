@@ -28,7 +28,7 @@ class LayerCost(NamedTuple):
     output_snr: float
     """The same of what the layer gives, from the inputs that the float model has there, over the batches."""
     loss: float
-    """The mean loss over the batches with this weight alone compressed; NaN if no loss was given."""
+    """The mean loss over the batches with this weight alone compressed; NaN if no loss was given, or it is none."""
 
 
 def layer_costs(
@@ -97,18 +97,21 @@ def allocate(
       costs: from `layer_costs`.
       budget: bytes of all these weights together.
       by: what is summed: the "loss", or the part of noise in the "output" or in the "weight" itself (its inverse signal
-        to noise ratio). The default is the loss where it was measured, else the output.
+        to noise ratio). The default is the loss where it was measured, else the output. A scheme whose loss is NaN
+        beside others that are not is as bad as can be.
 
     Returns:
       The scheme's name by the weight's path.
 
     Raises:
-      ValueError: not even the smallest schemes fit; no costs; losses that were not measured.
+      ValueError: not even the smallest schemes fit, or all that fit have a cost that is not finite; no costs; losses
+        that were not measured.
     """
     if by not in (None, "loss", "output", "weight"):
         raise ValueError(f'by is "loss", "output", "weight" or None, got {by!r}')
-    by = by or ("output" if any(np.isnan(c.loss) for c in costs) else "loss")
-    if not costs or (by == "loss" and any(np.isnan(c.loss) for c in costs)):
+    measured_loss = any(not np.isnan(c.loss) for c in costs)  # NaN may also be what a scheme did to the loss
+    by = by or ("loss" if measured_loss else "output")
+    if not costs or (by == "loss" and not measured_loss):
         raise ValueError("there are no costs" if not costs else "losses were not measured: hand layer_costs a loss")
     options: dict[str, list[LayerCost]] = {}
     for cost in costs:
@@ -123,12 +126,14 @@ def allocate(
         for entry in sorted((e for e in longer if e[0] <= budget), key=lambda e: (e[0], e[1])):
             if not front or entry[1] < front[-1][1]:
                 front.append(entry)
+    if not front[-1][1] < float("inf"):
+        raise ValueError(f"with {budget:,} bytes some weight has only schemes whose cost ({by}) is not finite")
     return dict(zip(options, front[-1][2], strict=True))
 
 
 def _cost(cost: LayerCost, by: str) -> float:
     if by == "loss":
-        return cost.loss
+        return float("inf") if np.isnan(cost.loss) else cost.loss
     return float(10 ** (-(cost.output_snr if by == "output" else cost.weight_snr) / 10))
 
 

@@ -131,14 +131,16 @@ class Ternary:
 def _block_mean(x: jax.Array, where: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The mean of the chosen entries of each block, float32, 1 along all other axes; 0 where none is chosen.
 
-    Of numbers that are scaled to at most 1 first: the sum of huge ones is not finite.
+    Huge numbers are scaled down first, for their sum is not finite; by a power of two, for XLA multiplies with the
+    reciprocal of what it divides by, and that of the largest floats is zero.
     """
     _check_axes(axes, x.ndim)
     over = tuple(axis for axis in range(x.ndim) if axis not in {own % x.ndim for own in axes})
     largest = jnp.max(x, axis=over, keepdims=True).astype(jnp.float32)
-    unit = jnp.where(largest > 0, largest, 1.0)
-    total = jnp.sum(jnp.where(where, x / unit, 0.0), axis=over, keepdims=True)
-    return unit * total / jnp.maximum(jnp.sum(where, axis=over, keepdims=True), 1)
+    down = jnp.where(largest > 1e18, 2.0**-64, 1.0)
+    total = jnp.sum(jnp.where(where, x * down, 0.0), axis=over, keepdims=True)
+    mean = total / jnp.maximum(jnp.sum(where, axis=over, keepdims=True), 1)
+    return jnp.minimum(mean, largest * down) / down  # no rounding takes the mean beyond the largest
 
 
 def _check_axes(axes: tuple[int, ...], ndim: int) -> None:

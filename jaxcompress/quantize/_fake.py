@@ -16,7 +16,7 @@ from jaxcompress.arrays import Leaf, compressed, is_leaf, quantize_input, regist
 from jaxcompress.arrays._inputs import along_input, input_limits, reshaped_input
 from jaxcompress.arrays._products import ON_THE_WAY, Dims
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
-from jaxcompress.quantize._affine import Affine, fake_quantize
+from jaxcompress.quantize._affine import Affine, check_entries, fake_quantize
 from jaxcompress.quantize._convert import Scheme, check_scheme, named
 from jaxcompress.quantize._live import with_folded
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
@@ -101,6 +101,7 @@ def _rounded_view(name: str, weight: Any, spec: Affine | Scheme, low_high: Range
         )
     if not jnp.issubdtype(jnp.result_type(weight), jnp.floating):
         raise TypeError(f"it is of {jnp.result_type(weight)}; fake quantization takes float weights")
+    check_entries(weight)
     if not isinstance(spec, Affine):
         rounded, inputs = _straight_through(weight, spec), getattr(spec, "inputs", None)  # those of `Floats`
         return rounded if inputs is None else FakeQuantized(rounded, inputs)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import Quantized
+from jaxcompress.arrays._bits import from_table
 from jaxcompress.quantize._affine import Affine, _axis, _over_blocks, _spread, check_float
 from jaxcompress.quantize._float_products import FloatProduct
 
@@ -173,7 +174,7 @@ def _of_levels(weight: Float[Array, "*shape"], scale: Array, blocks: Affine, lev
     nearest = jnp.searchsorted(jnp.asarray(edges, jnp.float32), relative, method="compare_all")
     index = jnp.asarray([levels.index(level) for level in order], jnp.int32)  # of zeros, the positive one
     return Quantized.from_codes(
-        index[nearest],
+        from_table(index, nearest),
         scale,
         bits=4,
         dtype=weight.dtype,

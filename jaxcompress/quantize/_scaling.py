@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import Layout
 from jaxcompress.calibrate._statistics import layouts_where_one
+from jaxcompress.features import _bodies
 from jaxcompress.paths import named_leaves
 
 Pairs = Sequence[tuple[Sequence[str], Sequence[str]]]
@@ -93,9 +94,14 @@ def multiplied(weight: Array, scale: Float[Array, " channels"], layout: Layout) 
     return layout.weight((matrices * along[:, None]).astype(weight.dtype))
 
 
-def check_same(fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: Any, tolerance: float) -> None:
-    """Raises ValueError if the function is another one after scaling."""
+def check_same(
+    fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: Any, tolerance: float | None, usual: float
+) -> None:
+    """Raises ValueError if the function is another one after scaling; the `usual` tolerance is that of float32."""
     run = jax.jit(fn)
+    if tolerance is None:
+        stored = [_half_step(jnp.result_type(x)) for x in jax.tree.leaves(params)]
+        tolerance = max(usual, 4 * max([_half_step_inside(jax.make_jaxpr(fn)(params, batch).jaxpr), *stored]))
     for before, after in zip(*(jax.tree.leaves(run(tree, batch)) for tree in (params, scaled)), strict=True):
         if jnp.issubdtype(before.dtype, jnp.floating):
             off = float(jnp.linalg.norm((after - before).astype(jnp.float32).ravel()))
@@ -104,6 +110,16 @@ def check_same(fn: Callable[[Any, Any], Any], params: Any, scaled: Any, batch: A
                 raise ValueError(
                     f"scaling changes the function ({off:.3g} of {norm:.3g} on the first batch): what the pairs have "
                     f"in front must reach the weights behind only, through what commutes with positive scales (a "
-                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias. A model that "
-                    f"computes in half precision may be off by its rounding: then pass more than {tolerance=:g}"
+                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias. A model of "
+                    f"many layers in half precision may be off by its rounding: then pass more than {tolerance=:g}"
                 )
+
+
+def _half_step_inside(jaxpr: Any) -> float:
+    """The relative step of the coarsest 16-bit floats that a trace computes, 0 if there are none."""
+    own = [_half_step(x.aval.dtype) for eqn in jaxpr.eqns for x in eqn.outvars if hasattr(x.aval, "dtype")]
+    return max([0.0, *own, *(_half_step_inside(body) for eqn in jaxpr.eqns for body in _bodies(eqn))])
+
+
+def _half_step(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 else 0.0

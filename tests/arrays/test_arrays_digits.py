@@ -181,3 +181,15 @@ def test_by_path(rng):
     for rule, said in (("b/kernel$", "b/kernel.*4 bits"), ("bias$", "a/bias.*no quantized weight")):
         with pytest.raises(ValueError, match=said):
             quantize.outputs_first(small, {rule: True})
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_beside_an_outlier_keeps_its_small_numbers(dtype, rng):
+    w = turned(rng, inputs=256)
+    w = to_codes(dense(w).at[7].set(0), Affine()).outputs_first()  # the outlier meets nothing
+    x = jnp.asarray(rng.normal(size=(4, 256)), dtype).at[:, 7].set(1e4)
+    product = compressed(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    assert of_integers(product, x, w)
+    wanted = np.asarray(x, np.float64) @ np.asarray(dense(w), np.float64)
+    assert np.linalg.norm(jax.jit(product)(x, w) - wanted) < 1e-3 * np.linalg.norm(wanted)

@@ -10,8 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from leaves import quantized, sparse
 
+from jaxcompress import quantize
 from jaxcompress.arrays import compressed
-from jaxcompress.quantize import MX, NF4, KMeans
+from jaxcompress.quantize import MX, NF4, Affine, KMeans
 
 
 def mesh(kind=AxisType.Auto):
@@ -124,3 +125,33 @@ def test_values_of_a_table_under_explicit_axes(scheme, rng):
     out = jax.jit(compressed(lambda x, w: x @ w))(rows, place(w, (None, "model"), on))
     assert jax.typeof(out).sharding.spec == P("data", "model")
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [(None, "model"), ("model", None)])
+@pytest.mark.parametrize("scheme", [Affine(4), Affine(4, group=(0, 8)), NF4(group=(0, 8)), quantize.Ternary()])
+def test_packed_codes_and_groups_are_made_under_explicit_axes(scheme, spec, rng):
+    on = mesh(AxisType.Explicit)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 64), (64, 64)))
+    expected = np.asarray(x) @ np.asarray(scheme.convert(w).materialise())
+    with jax.set_mesh(on):
+        small = scheme.convert(jax.device_put(w, NamedSharding(on, P(*spec))))
+        rows = jax.device_put(x, NamedSharding(on, P("data")))
+        out = jax.jit(compressed(lambda x, w: jnp.matmul(x, w, out_sharding=P("data", None))))(rows, small)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_under_explicit_axes(rng):
+    on = mesh(AxisType.Explicit)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 64), (64, 64)))
+
+    def found(x, w):
+        fn, rules = lambda params, x: x @ params["w"], {"w": Affine(4, activation_bits=8)}
+        ranges = quantize.input_ranges(fn, {"w": w}, [x], rules, quantize.Percentile(99.0))
+        return ranges["w"], quantize.gptq(fn, {"w": w}, [x], rules)["w"].codes()
+
+    expected = found(x, w)
+    with jax.set_mesh(on):
+        got = found(
+            jax.device_put(x, NamedSharding(on, P("data"))), jax.device_put(w, NamedSharding(on, P(None, "model")))
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)

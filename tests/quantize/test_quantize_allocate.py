@@ -83,3 +83,17 @@ def test_the_choice_is_the_best_of_all(by, rng):
         quantize.allocate([], 5)
     with pytest.raises(ValueError, match="not measured"):
         quantize.allocate([costs[0]._replace(loss=float("nan"))], 1000, "loss")
+
+
+def test_a_loss_that_is_not_a_number_is_the_worst_and_changes_no_criterion():
+    nan = float("nan")
+    costs = [
+        LayerCost(name, scheme, size, 1.0, snr, loss)
+        for name, losses in (("a", (1.0, 9.0, nan)), ("b", (3.0, 2.0, 1.0)))
+        for scheme, size, snr, loss in zip("842", (8, 4, 2), (40.0, 30.0, 90.0), losses, strict=True)
+    ]
+    assert quantize.allocate(costs, 100) == quantize.allocate(costs, 100, "loss") == {"a": "8", "b": "2"}
+    assert quantize.allocate(costs, 6) == {"a": "4", "b": "2"}
+    assert quantize.allocate([c._replace(loss=nan) for c in costs], 100) == {"a": "2", "b": "2"}  # by the outputs
+    with pytest.raises(ValueError, match="not finite"):
+        quantize.allocate(costs, 5)

@@ -215,3 +215,12 @@ def test_constant_and_huge_weights(value: float) -> None:
 def test_bad_input(make, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("scheme", [quantize.Binary(axes=()), quantize.Ternary(), quantize.Ternary(signed=True)])
+@pytest.mark.parametrize("size", [3e38, 1e-30])
+def test_magnitudes_near_the_ends_of_floats(scheme, size):
+    """XLA divides by such a magnitude with its reciprocal, which is zero."""
+    weight = jnp.full((64, 8), size, jnp.float32).at[::2].multiply(-1)
+    for convert in (scheme.convert, jax.jit(scheme.convert)):
+        np.testing.assert_allclose(convert(weight).materialise(), weight, rtol=1e-6)

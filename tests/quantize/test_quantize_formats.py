@@ -203,3 +203,16 @@ def test_refuses():
         MX("int4")
     with pytest.raises(ValueError, match="axis -2"):
         NF4().convert(jnp.ones(4))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 3)])
+@pytest.mark.parametrize(
+    "scheme", [Affine(8), Affine(4, group=(0, 2)), Floats(), NF4(), MX(), quantize.KMeans(4), quantize.Binary()]
+)
+def test_a_weight_without_entries_is_refused_by_name(scheme, shape):
+    params = {"a": {"kernel": jnp.zeros(shape)}}
+    with pytest.raises(ValueError, match=r"'a/kernel': a weight of shape .* has no entries"):
+        quantize.convert(params, {"kernel$": scheme})
+    if not isinstance(scheme, quantize.KMeans):
+        with pytest.raises(ValueError, match=r"'a/kernel': a weight of shape .* has no entries"):
+            quantize.fake(lambda p: p["a"]["kernel"].sum(), {"kernel$": scheme})(params)
