@@ -5,6 +5,7 @@ it as float32 is to its largest value. The digits' products with the codes are e
 CPU adds up faster than floats, and without decoding the weight.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
 from jaxcompress.arrays._byte_products import DEEP, integer_sums, multiplies_bytes
-from jaxcompress.arrays._products import Dims, is_float
+from jaxcompress.arrays._products import Dims, derived_from, is_float
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import WORTH
 
@@ -55,10 +56,8 @@ def suits(x: Array, w: Quantized, dims: Dims) -> bool:
 
 def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
     """`otherwise(x, w)`, the unscaled product; on a CPU by digits. Derivatives are those of `otherwise`."""
-    dtype = jax.eval_shape(otherwise, x, w).dtype
-    multiply = jax.custom_jvp(lambda x, w: _product(x, w, dims).astype(dtype))
-    multiply.defjvp(lambda at, along: (multiply(*at), jax.jvp(otherwise, at, along)[1]))
-    return lax.platform_dependent(cpu=lambda: multiply(x, w), default=lambda: otherwise(x, w))
+    fast = functools.partial(_product, dims=dims)
+    return lax.platform_dependent(cpu=lambda: derived_from(otherwise, fast, x, w), default=lambda: otherwise(x, w))
 
 
 def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:

@@ -8,7 +8,8 @@ A product with a weight `scale * codes` is taken apart where the scale allows it
 * it varies along both (groups): one product a group, scaled, and summed.
 
 Where the weight asks for it, inputs become integers too: `x = step (codes - zero)`. Then the products of integers are
-added up exactly, in int32; `zero` times the sum of a weight's codes is taken off, and the rest is scaled.
+added up exactly, in int32; `zero` times the sum of a weight's codes is taken off, and the rest is scaled. Derivatives
+pass straight through the rounding, as in training: they are those of the product with floats.
 """
 
 import functools
@@ -20,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
-from jaxcompress.arrays._inputs import along_input, quantize_input, quantize_input_to
+from jaxcompress.arrays._inputs import along_input, input_limits, quantize_input, quantize_input_to
 from jaxcompress.arrays._integers import beats_bytes, multiply_integers
 from jaxcompress.arrays._lanes import LARGE
 from jaxcompress.arrays._leaf import Otherwise, register
@@ -29,6 +30,7 @@ from jaxcompress.arrays._products import (
     along_contracted,
     along_output,
     compute_dtype,
+    derived_from,
     doubled,
     is_float,
     register_product,
@@ -70,7 +72,10 @@ def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, An
     def after() -> Array:
         spread = w.spread(w.steps)
         scale = along_output(spread, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
-        return (_dot_codes if w.as_integers else _dot_tiles)(x, w, dims, params) * scale
+        floats = functools.partial(_dot_tiles, dims=dims, params=params)
+        if not w.as_integers:
+            return floats(x, w) * scale
+        return derived_from(floats, functools.partial(_dot_codes, dims=dims, params=params), x, w) * scale
 
     def before() -> Array:
         return _dot_columns(_dot_scaled, _rounded_input(x, w, dims), w, dims, params)
@@ -83,17 +88,20 @@ def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, An
 
 
 def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    if not w.as_integers:
+    def grouped(x: Array, w: Quantized) -> Array:
+        return _dot_columns(_dot_groups, x, w, dims, params)
 
-        def grouped(x: Array, w: Quantized) -> Array:
-            return _dot_columns(_dot_groups, x, w, dims, params)
-
+    def floats(x: Array, w: Quantized) -> Array:
         x, decode = _rounded_input(x, w, dims), _scaled if w.of_integers else None
         return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims), decode=decode)
-    codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
-    groups = functools.partial(_dot_groups, zero=zero)
-    sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
-    return sums * _along_weight(step, dims, w.ndim)
+
+    def integers(x: Array, w: Quantized) -> Array:
+        codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
+        groups = functools.partial(_dot_groups, zero=zero)
+        sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
+        return sums * _along_weight(step, dims, w.ndim)
+
+    return derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
 
 
 def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
@@ -240,11 +248,25 @@ def _along_weight(per_row: Array, dims: Dims, w_ndim: int) -> Array:
 
 
 def _rounded_input(x: Array, w: Quantized, dims: Dims) -> Array:
-    """The input on the grid that the weight asks for, as floats."""
+    """The input on the grid that the weight asks for, as floats; straight through but for what is clipped."""
     if w.activation_bits is None:
         return x
-    codes, step, zero = _input_codes(x, w, dims)
+    return _on_grid(x, *_input_codes(x, w, dims), w.activation_bits, w.input_scale is not None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _on_grid(x: Array, codes: Array, step: Array, zero: Array | None, bits: int, clips: bool) -> Array:
     return ((codes if zero is None else codes - zero) * step).astype(x.dtype)
+
+
+@_on_grid.defjvp
+def _on_grid_jvp(bits: int, clips: bool, at: Any, along: Any) -> tuple[Array, Array]:
+    x, _, step, zero = at
+    if not clips:
+        return _on_grid(*at, bits, clips), along[0]
+    low, high = input_limits(bits, zero is not None)
+    place = x.astype(jnp.float32) / step + (0.0 if zero is None else zero)
+    return _on_grid(*at, bits, clips), jnp.where((place >= low) & (place <= high), along[0], 0)
 
 
 def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], zero: Array | None = None) -> Array:
@@ -299,30 +321,37 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
     shared = all(size == 1 for axis, size in enumerate(w.scale.shape) if axis != out_axis)
     if not is_float(x):
         return NotImplemented
-    if w.input_scale is None and w.activation_bits is not None:
-        codes, step = quantize_input(x, w.activation_bits, keep=numbers.lhs_spec[:1])
-        zero = None
-    elif w.activation_bits is not None:
-        codes, step, zero = _input_codes(x, w, Dims((), (), (), ()))  # nothing is stacked here
-    fits = shared and w.group is None and params["batch_group_count"] == 1
-    if w.activation_bits is not None and not (fits and w.as_integers):
-        x = ((codes if zero is None else codes - zero) * step).astype(x.dtype)
-    if not fits:
-        return Otherwise(x)
+    dims = Dims(  # each image has a step of its own, and nothing is stacked
+        x_contract=tuple(axis for axis in range(x.ndim) if axis != numbers.lhs_spec[0]),
+        w_contract=(),
+        x_batch=(),
+        w_batch=(),
+    )
+    if not (shared and w.group is None and params["batch_group_count"] == 1):
+        return Otherwise(_rounded_input(x, w, dims))
     out_dtype = params["preferred_element_type"] or x.dtype
     scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
-    if not w.as_integers:
-        params |= {"preferred_element_type": compute_dtype(x)}
+
+    def floats(x: Array, w: Quantized) -> Array:
+        x = _rounded_input(x, w, dims)
+        as_floats = params | {"preferred_element_type": compute_dtype(x)}
 
         def convolve(w: Quantized) -> Array:
-            return lax.conv_general_dilated_p.bind(x, w.centred(x.dtype), **params)
+            return lax.conv_general_dilated_p.bind(x, w.centred(x.dtype), **as_floats)
 
         if params["feature_group_count"] == 1:
-            product = tiled_outputs(convolve, w, out_axis, numbers.out_spec[1])
-        else:
-            product = convolve(w)
-        return (product * scale).astype(out_dtype)
-    params |= {"preferred_element_type": jnp.dtype("int32")}
+            return tiled_outputs(convolve, w, out_axis, numbers.out_spec[1])
+        return convolve(w)
+
+    integers = functools.partial(_conv_codes, dims=dims, params=params)
+    product = derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
+    return (product * scale).astype(out_dtype)
+
+
+def _conv_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """The convolution of integers, scaled by the inputs' steps."""
+    numbers, (codes, step, zero) = params["dimension_numbers"], _input_codes(x, w, dims)
+    params = params | {"preferred_element_type": jnp.dtype("int32")}
     w_codes = w.codes()
 
     def integers(codes: Array) -> Array:
@@ -334,8 +363,7 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
 
     zero = None if zero is None else zero.reshape([1] * x.ndim)
     sums = _exact(codes, zero, integers, weight_sums)
-    step = _along(step.reshape(-1), x.ndim, numbers.out_spec[0])
-    return (sums * step * scale).astype(out_dtype)
+    return sums * _along(step.reshape(-1), x.ndim, numbers.out_spec[0])
 
 
 def _along(vector: Array, ndim: int, axis: int) -> Array:

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxcompress.arrays._lanes import Decode, by_lanes, suits
-from jaxcompress.arrays._products import Dims
+from jaxcompress.arrays._products import Dims, derived_from
 
 W = TypeVar("W", bound="Tileable")
 
@@ -83,10 +83,8 @@ def tiled(
 
 def _lanes(product: Callable[[Array, W], Array], loops: Any, decode: Decode, x: Array, w: W, dims: Dims) -> Array:
     dtype = jax.eval_shape(product, x, w).dtype
-    multiply = jax.custom_jvp(lambda x, w: by_lanes(decode, x, w, dims, dtype))
     # derivatives are those of the tiles: XLA makes slow loops of the transposed passes
-    multiply.defjvp(lambda at, along: (multiply(*at), jax.jvp(loops, at, along)[1]))
-    return multiply(x, w)
+    return derived_from(loops, lambda x, w: by_lanes(decode, x, w, dims, dtype), x, w)
 
 
 def is_tiled(x: Array, w: Tileable, dims: Dims) -> bool:

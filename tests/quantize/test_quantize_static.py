@@ -172,6 +172,41 @@ def test_tiles_give_the_same_sums(spec, rng, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), tiled(leaves, x), whole)
 
 
+@pytest.mark.parametrize("low_high", [None, RANGES["asymmetric"]], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Affine(8, activation_bits=8),
+        Affine(4, activation_bits=8),
+        Affine(4, group=(0, 8), activation_bits=8),
+        Affine(8, symmetric=False, activation_bits=16),
+    ],
+    ids=["8", "4", "groups", "zero points"],
+)
+def test_derivatives_of_integers_are_those_of_training(spec, low_high, rng):
+    """Straight through the rounding, nothing where inputs are clipped; of products and of convolutions."""
+    w = jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(5, 64)) * 2, jnp.float32)
+    ranges = None if low_high is None else {"w": low_high}
+
+    def conv(w, x):
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def check(fn, w, x):
+        small = quantize.convert({"w": w}, {"w": spec})
+        small = small if ranges is None else quantize.static(small, ranges)
+        faked = quantize.fake(lambda p, x: fn(p["w"], x), {"w": spec}, ranges)
+        upstream = jnp.asarray(rng.normal(size=fn(w, x).shape), jnp.float32)
+        integers = jax.jit(jax.grad(lambda x: jnp.sum(compressed(fn)(small["w"], x) * upstream)))(x)
+        training = jax.grad(lambda x: jnp.sum(faked({"w": w}, x) * upstream))(x)
+        np.testing.assert_allclose(integers, training, rtol=1e-4, atol=1e-4)
+        assert (training == 0).any() == (low_high is not None)
+
+    check(lambda w, x: x @ w, w, x)
+    if spec.group is None:
+        check(conv, w.reshape(4, 4, 4, 48), x.reshape(5, 4, 4, 4))
+
+
 def test_the_codes_of_training_and_of_integers_are_equal(rng):
     x = jnp.asarray(rng.normal(size=(50, 40)) * 2, jnp.float32)
     for low_high in RANGES.values():
