@@ -96,6 +96,7 @@ def angle_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayL
     if not len(a):
         return jnp.zeros((), a.dtype)
     batch, mask = len(a), mask_of(where, len(a))
+    a, b = (_within(x, 1e30) for x in (a, b))  # so that differences are finite
 
     def of_row(i: jax.Array) -> jax.Array:
         sees = (mask & mask[i])[:, None]  # who does not count is like a duplicate

@@ -20,7 +20,8 @@ def scaled(x: jax.Array, axis: int | tuple[int, ...]) -> tuple[jax.Array, jax.Ar
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))  # 0: of no example
     nonzero = largest > _TINY
     scale = jnp.where(nonzero, largest, 1)
-    return jnp.where(nonzero, x, 0) / scale, scale, nonzero
+    eighth = 1 / 8  # of both, exactly: XLA may multiply by the reciprocal, which of 3e38 is flushed to zero
+    return jnp.where(nonzero, x, 0) * eighth / (scale * eighth), scale, nonzero
 
 
 def norm(x: jax.Array, axis: int | tuple[int, ...] = -1, order: float = 2, keepdims: bool = False) -> jax.Array:

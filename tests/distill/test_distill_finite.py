@@ -297,3 +297,15 @@ def test_float32_stays_float32_where_float64_is_allowed(name, rng):
     with jax.enable_x64(True):
         for where in (None, np.array([True, False, True])):
             assert loss(student, teacher, where=where).dtype == "float32"
+
+
+@pytest.mark.parametrize("name", [
+    "distance_relation_loss", "angle_relation_loss", "similarity_preserving_loss", "correlation_congruence_loss",
+    "probabilistic_transfer_loss", "in_batch_contrastive_loss",
+])  # fmt: skip
+def test_one_entry_that_float32_barely_holds(name, rng):
+    """Its reciprocal is flushed to zero."""
+    student, teacher = rng.normal(size=(2, 4, 6)).astype("float32")
+    student[:2, 2] = 3e38, -3e38
+    value, pull = jax.vjp(lambda s: getattr(distill, name)(s, teacher), student)
+    assert np.all(np.isfinite(value)) and np.all(np.isfinite(pull(jnp.ones_like(value))[0]))
