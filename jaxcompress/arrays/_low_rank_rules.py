@@ -91,7 +91,9 @@ def _conv(x: ArrayLike, w: LowRank, **params: Any) -> Any:
         }
 
     def convolutions(x: Array, one: Array, other: Array) -> Array:
-        thin = lax.conv_general_dilated_p.bind(x, kernel(first, one, out_axis), **along(first))
+        between = numbers._replace(out_spec=numbers.lhs_spec)  # what the second one reads
+        given = along(first) | {"dimension_numbers": between}
+        thin = lax.conv_general_dilated_p.bind(x, kernel(first, one, out_axis), **given)
         return lax.conv_general_dilated_p.bind(thin.astype(x.dtype), kernel(second, other, in_axis), **along(second))
 
     return _run(w, convolutions, jnp.asarray(x), first.factor, second.factor)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import as_float, feature_pair, keep
-from jaxcompress.distill._safe import mean_square, norm, pool_to_smaller, scaled, unit
+from jaxcompress.distill._safe import flat, mean_square, norm, pool_to_smaller, scaled, unit
 
 
 def attention_map(features: ArrayLike, kind: str = "power_sum", power: float = 2) -> jax.Array:
@@ -32,7 +32,7 @@ def attention_map(features: ArrayLike, kind: str = "power_sum", power: float = 2
         attention = jnp.max(magnitude, axis=-1) ** power
     else:
         raise ValueError(f"kind must be 'sum', 'power_sum' or 'power_max', got {kind!r}")
-    return unit(attention.reshape(len(attention), -1))
+    return unit(flat(attention))
 
 
 def attention_transfer_loss(

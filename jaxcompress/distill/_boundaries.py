@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import constant, feature_pair, keep
+from jaxcompress.distill._safe import flat
 
 
 def activation_boundary_loss(
@@ -26,7 +27,7 @@ def activation_boundary_loss(
     """
     s, t = feature_pair(student, teacher, where, layout="[batch, ...]", same_shape=True)
     short = jax.nn.relu(jnp.where(t > 0, margin - s, s + margin))
-    return keep(jnp.sum((short**2).reshape(len(s), -1), axis=-1), where)
+    return keep(jnp.sum(flat(short**2), axis=-1), where)
 
 
 def margin_relu_loss(
@@ -49,7 +50,7 @@ def margin_relu_loss(
     s, t = feature_pair(student, teacher, where, layout="[batch, ...]", same_shape=True)
     target = jnp.maximum(t, constant(margin, "margin"))
     counts = (s > target) | (target > 0)
-    return keep(jnp.sum((jnp.where(counts, s - target, 0) ** 2).reshape(len(s), -1), axis=-1), where)
+    return keep(jnp.sum(flat(jnp.where(counts, s - target, 0) ** 2), axis=-1), where)
 
 
 def expected_margin(scale: ArrayLike, bias: ArrayLike) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import feature_pair, keep
 from jaxcompress.distill._projectors import Projector, convolve
-from jaxcompress.distill._safe import scaled, unit
+from jaxcompress.distill._safe import flat, scaled, unit
 
 
 def factor_transfer_loss(
@@ -42,7 +42,7 @@ def factor_transfer_loss(
         a, b = (jnp.mean(scaled(x, (1, 2, 3))[0] ** 2, axis=-1) for x in pair)
     else:
         a, b = pair
-    difference = jnp.abs(unit(a.reshape(len(a), -1)) - unit(b.reshape(len(b), -1)))
+    difference = jnp.abs(unit(flat(a)) - unit(flat(b)))
     return keep(jnp.mean(difference**order, axis=-1), where)
 
 

@@ -89,7 +89,7 @@ def fused_distillation_loss(
         chunk = 128 if jax.default_backend() == "cpu" else 2048
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    chunk = min(chunk, count)
+    chunk = max(1, min(chunk, count))
     weights = jnp.asarray(alpha, jnp.float32), jnp.asarray(temperature, jnp.float32)
     return _mean_loss(beta, labels is not None, chunk, tokens, heads, weights)
 
@@ -119,7 +119,7 @@ def _mean_loss(beta: float, hard: bool, chunk: int, tokens: _Tokens, heads: _Hea
     def step(total: jax.Array, part: _Tokens) -> tuple[jax.Array, None]:
         return total + _chunk_loss(_logits(part.student, heads[0]), part, heads[1], beta, hard, weights), None
 
-    total, _ = jax.lax.scan(step, jnp.zeros(()), _chunks(tokens, chunk))
+    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), _chunks(tokens, chunk))
     return total / _divisor(tokens)
 
 
@@ -140,7 +140,7 @@ def _forward(
         hidden_gradient = _dot(gradient, heads[0], 1, 1).astype(part.student.dtype)
         return (total + loss, head_gradient), hidden_gradient
 
-    start = jnp.zeros(()), jnp.zeros(heads[0].shape, jnp.float32)
+    start = jnp.zeros((), jnp.float32), jnp.zeros(heads[0].shape, jnp.float32)
     (total, head_gradient), hidden_gradient = jax.lax.scan(step, start, _chunks(tokens, chunk))
     hidden_gradient = hidden_gradient.reshape(-1, tokens.student.shape[1])[: tokens.student.shape[0]]
     return total / divisor, (hidden_gradient, head_gradient, heads[0][:0])

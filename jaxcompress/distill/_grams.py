@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import as_float, check_rank, check_same_shape, feature_pair, keep
-from jaxcompress.distill._safe import mean_square, norm, pool_to_smaller, scaled, unit
+from jaxcompress.distill._safe import flat, mean_square, norm, pool_to_smaller, scaled, unit
 
 MapPair = tuple[ArrayLike, ArrayLike]
 
@@ -83,8 +83,8 @@ def inter_channel_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLi
     """
     pair = feature_pair(student, teacher, where)
     # The rows' unit norm undoes the scale, which keeps the squares of squares finite.
-    flat = (scaled(x, (1, 2, 3))[0].reshape(len(x), -1, x.shape[-1]) for x in pair)
-    ours, theirs = (unit(jnp.einsum("npi,npj->nij", x, x)) for x in flat)
+    pixels = (flat(scaled(x, (1, 2, 3))[0], last=1) for x in pair)
+    ours, theirs = (unit(jnp.einsum("npi,npj->nij", x, x)) for x in pixels)
     check_same_shape(ours, theirs, "channel matrices")
     return keep(jnp.sum((ours - theirs) ** 2, axis=(1, 2)) / ours.shape[1], where)
 
@@ -105,7 +105,7 @@ def neuron_selectivity_loss(student: ArrayLike, teacher: ArrayLike, *, where: Ar
       One value an example, `[batch]`.
     """
     pair = pool_to_smaller(*feature_pair(student, teacher, where))
-    s, t = (unit(x.reshape(len(x), -1, x.shape[-1]), axis=1) for x in pair)
+    s, t = (unit(flat(x, last=1), axis=1) for x in pair)
     return keep(_mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t), where)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import as_float, feature_pair, keep
-from jaxcompress.distill._safe import mean_square, pool_to_smaller
+from jaxcompress.distill._safe import flat, mean_square, pool_to_smaller
 
 
 def hint_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
@@ -24,7 +24,7 @@ def hint_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None
       One value an example, `[batch]`.
     """
     guided, hint = feature_pair(student, teacher, where, layout="[batch, ...]", same_shape=True)
-    return keep(mean_square((guided - hint).reshape(len(guided), -1)), where)
+    return keep(mean_square(flat(guided - hint)), where)
 
 
 def variational_information_loss(

@@ -156,8 +156,8 @@ def mask_of(where: ArrayLike | None, batch: int) -> jax.Array:
 
 
 def count_of(where: ArrayLike | None, batch: int) -> Number:
-    """How many examples count, but at least 1: what a mean over the batch divides by. Float, for its powers."""
-    return float(batch) if where is None else jnp.maximum(jnp.sum(mask_of(where, batch)), 1).astype(float)
+    """How many examples count, but at least 1: what a mean over the batch divides by. float32, for its powers."""
+    return float(max(batch, 1)) if where is None else jnp.maximum(jnp.sum(mask_of(where, batch)), 1).astype("float32")
 
 
 def masked_mean(losses: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
@@ -172,6 +172,6 @@ def masked_mean(losses: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
     """
     losses = jnp.asarray(losses)
     if where is None:
-        return jnp.mean(losses)
+        return jnp.mean(losses) if losses.size else jnp.sum(losses) / 1.0
     where = _mask(where, losses.shape)
     return jnp.sum(jnp.where(where, losses, 0)) / jnp.maximum(jnp.sum(where), 1)

@@ -227,7 +227,7 @@ def dist_loss(
 def _correlation(a: jax.Array, b: jax.Array, axis: int, epsilon: float, mask: jax.Array) -> jax.Array:
     count = a.shape[1] if axis == 1 else jnp.maximum(jnp.sum(mask), 1)
     a, b = (jnp.where(mask[:, None], x - jnp.sum(x, axis=axis, keepdims=True) / count, 0) for x in (a, b))
-    flat = jnp.max(jnp.abs(a), axis=axis, keepdims=True) < 1e-12
+    flat = jnp.max(jnp.abs(a), axis=axis, keepdims=True, initial=0) < 1e-12
     a = jnp.where(flat, 0, a)  # otherwise the gradient there is b / epsilon
     return jnp.sum(a * b, axis=axis) / (norm(a, axis) * norm(b, axis) + epsilon)
 
@@ -295,7 +295,7 @@ def multi_level_loss(
     """
     if not temperatures:
         raise ValueError("multi_level_loss needs at least one temperature, got none")
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for temperature in temperatures:
         check_positive(temperature, "temperature")
         total += masked_mean(soft_target_loss(student_logits, teacher_logits, temperature, where=where), where)

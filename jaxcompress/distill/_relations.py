@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.distill._inputs import as_float, check_rank, count_of, feature_pair, mask_of, masked_mean
-from jaxcompress.distill._safe import scaled, smooth_l1, unit
+from jaxcompress.distill._safe import flat, scaled, smooth_l1, unit
 
 _CHUNK_VALUES = 2**18  # of an intermediate made a few rows at a time: 1 MiB in float32
 
 
 def _rows(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
     a, b = feature_pair(student, teacher, where, layout="[batch, ...]")
-    return a.reshape(len(a), -1), b.reshape(len(b), -1)
+    return flat(a), flat(b)
 
 
 def _by_rows(of_row: Callable[[jax.Array], jax.Array], count: int, values_a_row: int) -> jax.Array:
@@ -58,6 +58,8 @@ def distance_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: Arr
       A scalar; 0 for a batch of one.
     """
     a, b = _rows(student, teacher, where)
+    if not len(a):
+        return jnp.zeros((), a.dtype)
     mask, n = mask_of(where, len(a)), count_of(where, len(a))
     pairs = jnp.maximum(n * (n - 1), 1)
 
@@ -91,7 +93,10 @@ def angle_relation_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayL
       A scalar; 0 for a batch of one.
     """
     a, b = _rows(student, teacher, where)
+    if not len(a):
+        return jnp.zeros((), a.dtype)
     batch, mask = len(a), mask_of(where, len(a))
+    a, b = (_within(x, 1e30) for x in (a, b))  # so that differences are finite
 
     def of_row(i: jax.Array) -> jax.Array:
         sees = (mask & mask[i])[:, None]  # who does not count is like a duplicate
@@ -115,7 +120,7 @@ def relational_loss(
     Park et al., "Relational knowledge distillation", 2019, section 3.2, with the weights that the authors use for
     metric learning and reimplementations for classification. Shapes and `where` as there; a scalar.
     """
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     if distance_weight:
         total += distance_weight * distance_relation_loss(student, teacher, where=where)
     if angle_weight:
@@ -226,7 +231,7 @@ def consecutive_correlation_loss(
     """
     a, b = feature_pair(student, teacher, where, layout="[batch, features]", same_shape=True)
     if len(a) < 2:
-        return jnp.zeros(())
+        return jnp.zeros((), a.dtype)
     error, mask = jnp.abs(a - b), mask_of(where, len(a))
     return masked_mean(jnp.sum(error[:-1] * error[1:], axis=-1), mask[:-1] & mask[1:])
 

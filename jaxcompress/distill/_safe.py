@@ -5,6 +5,7 @@ largest magnitude, which is held constant (the result does not depend on it, so 
 an all-zero vector the norm 0 with the gradient 0.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,10 +17,11 @@ _TINY = 1e-12  # below this magnitude a vector counts as zero
 
 def scaled(x: jax.Array, axis: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`x` divided by its largest magnitude over `axis`; that magnitude (1 for a zero vector); where it is not zero."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))  # 0: of no example
     nonzero = largest > _TINY
     scale = jnp.where(nonzero, largest, 1)
-    return jnp.where(nonzero, x, 0) / scale, scale, nonzero
+    eighth = 1 / 8  # of both, exactly: XLA may multiply by the reciprocal, which of 3e38 is flushed to zero
+    return jnp.where(nonzero, x, 0) * eighth / (scale * eighth), scale, nonzero
 
 
 def norm(x: jax.Array, axis: int | tuple[int, ...] = -1, order: float = 2, keepdims: bool = False) -> jax.Array:
@@ -35,6 +37,15 @@ def unit(x: jax.Array, axis: int | tuple[int, ...] = -1, order: float = 2) -> ja
     y, _, nonzero = scaled(x, axis)
     total = jnp.sum(jnp.abs(y) ** order, axis=axis, keepdims=True)
     return y / jnp.where(nonzero, total, 1) ** (1 / order)
+
+
+def flat(x: jax.Array, last: int = 0) -> jax.Array:
+    """`x` `[batch, ...]` with all axes between the first and the `last` ones as one: `[batch, values]`.
+
+    Also of an empty batch, of which `reshape(len(x), -1)` can't tell the values.
+    """
+    end = x.ndim - last
+    return x.reshape(len(x), math.prod(x.shape[1:end]), *x.shape[end:])
 
 
 def mean_square(difference: jax.Array) -> jax.Array:

@@ -31,13 +31,13 @@ def early_stopped(weight: float, stop: int, fade: int = 0) -> Schedule:
     """
     if stop < 0 or fade < 0:
         raise ValueError(f"stop and fade must not be negative, got {stop} and {fade}")
-    return lambda step: weight * jnp.clip(1 - (jnp.asarray(step, float) - stop + 1) / (fade + 1), 0, 1)
+    return lambda step: weight * jnp.clip(1 - (jnp.asarray(step, jnp.float32) - stop + 1) / (fade + 1), 0, 1)
 
 
 def warmed_up(weight: float, steps: int) -> Schedule:
     """`weight * min(step / steps, 1)`: a term that comes in gradually, as decoupled distillation's does (20 epochs)."""
     check_positive(steps, "steps")
-    return lambda step: weight * jnp.minimum(jnp.asarray(step, float) / steps, 1)
+    return lambda step: weight * jnp.minimum(jnp.asarray(step, jnp.float32) / steps, 1)
 
 
 def annealed_temperature(start: float, end: float, steps: int) -> Schedule:
@@ -47,7 +47,7 @@ def annealed_temperature(start: float, end: float, steps: int) -> Schedule:
     """
     for value, name in ((start, "start"), (end, "end"), (steps, "steps")):
         check_positive(value, name)
-    return lambda step: start + (end - start) * jnp.clip(jnp.asarray(step, float) / steps, 0, 1)
+    return lambda step: start + (end - start) * jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0, 1)
 
 
 class StageWeights(NamedTuple):
@@ -67,7 +67,7 @@ def hints_first(hint_steps: int) -> Callable[[int | jax.Array], StageWeights]:
 
     def weights(step: int | jax.Array) -> StageWeights:
         hinting = jnp.asarray(step) < hint_steps
-        return StageWeights(hinting.astype(float), (~hinting).astype(float))
+        return StageWeights(hinting.astype("float32"), (~hinting).astype("float32"))
 
     return weights
 

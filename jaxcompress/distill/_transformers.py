@@ -120,7 +120,7 @@ def intermediate_loss(
                 f"{side} must have one hidden state more than attention matrices (the embedding's, first), got "
                 f"{len(outputs.hidden)} and {len(outputs.attention)}"
             )
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for m, g in enumerate(layer_map):
         ours = project(as_float(student.hidden[m], "student"))
         total += hidden_state_loss(ours, teacher.hidden[g], where=where)

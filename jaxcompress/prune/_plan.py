@@ -45,6 +45,8 @@ def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool)
         pattern.check(x.shape)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from error
+    if 0 in x.shape:
+        return None  # nothing to prune, and no maximum or mean of scores to rank by
     units, end = pattern.units(x.shape), pattern.budget(x.shape)
     if isinstance(pattern, Below):
         return Layer(name, pattern, 0, 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import GetAttrKey, tree_leaves_with_path
+from jax.tree_util import GetAttrKey, tree_leaves_with_path, treedef_is_leaf
 
 from jaxcompress.paths import Rules, match, path_name, with_leaves
 from jaxcompress.train._state import TrainState
@@ -138,6 +138,8 @@ def _parts(tree: Any) -> list[_Part]:
         return [part for _, part in _weight_parts((), tree)]
     before = _weight_parts((GetAttrKey("params"),), tree.params)
     known = dict(before)
+    if treedef_is_leaf(jax.tree.structure(tree.params)):
+        known = {"": before[0][1]}  # an array without a path of its own: every path ends with it
     parts = {"params": [part for _, part in before]}
     parts["opt_state"] = [
         _optimizer_part((GetAttrKey("opt_state"), *path), leaf, known)
@@ -162,7 +164,7 @@ def _optimizer_part(path: tuple[Any, ...], leaf: Any, known: dict[str, _Part]) -
     """The part of the parameter whose name ends `path` (the longest such name), with the leaf's own shape."""
     name, shape = path_name(path), np.shape(leaf)
     keys = name.split("/")
-    for i in range(1, len(keys)):
+    for i in range(1, len(keys) + 1):
         parameter = known.get("/".join(keys[i:]))
         if parameter is not None:
             return _Part(parameter.name, shape, parameter.rank)

@@ -214,3 +214,17 @@ def test_refused():
     ]:
         with pytest.raises(ValueError, match=says):
             LowRank.from_factors(*factors, **kwargs)
+
+
+@pytest.mark.parametrize("layouts", [("NHWC", "HWIO", "NCHW"), ("NCHW", "HWIO", "NHWC"), ("NHWC", "HWIO", "HWNC")])
+def test_a_convolution_whose_result_is_laid_out_otherwise_than_its_input(layouts, rng):
+    w = low_rank((3, 3, 5, 5), rows=(0, 1, 2))
+    x = jnp.asarray(rng.normal(size=(5, 5, 5, 5)), jnp.float32)  # of equal sizes the wrong axes would fit as well
+
+    def convolve(x, w):
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layouts)
+
+    with watch() as hits:
+        found = compressed(convolve)(x, w)
+    assert hits["LowRank", "conv_general_dilated", "rule"] == 1
+    np.testing.assert_allclose(found, convolve(x, dense(w)), rtol=1e-4, atol=1e-4)

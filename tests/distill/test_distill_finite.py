@@ -271,3 +271,41 @@ def test_padded_examples_count_nothing(name, rng):
     value, gradient = value_and_gradient(student)
     assert value[1] == 0 and np.all(np.isfinite(value))
     assert not np.any(gradient[1]) and np.all(np.isfinite(gradient)) and np.any(gradient[0])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_batch(name):
+    """A device's part of a batch may hold no example: no value for each of them, or the value of nothing."""
+    loss, shape, _ = LOSSES[name]
+    student = teacher = jnp.zeros((0, *shape))
+    value, pull = jax.vjp(lambda s: loss(s, teacher), student)
+    assert value.size == 0 or (value.shape == () and value == 0)
+    assert pull(jnp.ones_like(value))[0].shape == student.shape
+
+
+def test_the_mean_of_no_losses_is_zero():
+    assert distill.masked_mean(jnp.zeros(0)) == 0
+
+
+@pytest.mark.parametrize("name", [
+    "batch_correlation_loss", "multi_level_loss", "relational_loss", "similarity_preserving_loss",
+    "correlation_congruence_loss", "probabilistic_transfer_loss", "consecutive_correlation_loss",
+])  # fmt: skip
+def test_float32_stays_float32_where_float64_is_allowed(name, rng):
+    loss = getattr(distill, name)
+    student, teacher = rng.normal(size=(2, 3, 4)).astype("float32")
+    with jax.enable_x64(True):
+        for where in (None, np.array([True, False, True])):
+            assert loss(student, teacher, where=where).dtype == "float32"
+
+
+@pytest.mark.parametrize("name", [
+    "distance_relation_loss", "angle_relation_loss", "similarity_preserving_loss", "correlation_congruence_loss",
+    "probabilistic_transfer_loss", "in_batch_contrastive_loss",
+])  # fmt: skip
+def test_one_entry_that_float32_barely_holds(name, rng):
+    """Its reciprocal is flushed to zero."""
+    student, teacher = rng.normal(size=(2, 4, 6)).astype("float32")
+    student[:2, 2] = 3e38, -3e38
+    value, pull = jax.vjp(lambda s: getattr(distill, name)(s, teacher), student)
+    assert np.all(np.isfinite(value)) and np.all(np.isfinite(pull(jnp.ones_like(value))[0]))

@@ -309,3 +309,13 @@ def test_a_score_of_another_shape_or_dtype_is_refused(score, got):
         ValueError, match=re.escape(f"'kernel' a floating-point number, so an array of shape (4, 3); got {got}")
     ):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("rule", [
+    prune.Blocks(0.5, (2, 2), pad=True), prune.Unstructured(0.5, scope="global"), prune.Below(0.1), 0.5
+])  # fmt: skip
+def test_a_weight_of_no_entries_has_nothing_to_prune(rule):
+    params = {"empty": jnp.zeros((0, 5)), "weight": jnp.arange(1.0, 17.0).reshape(4, 4) / 100}
+    tx = prune.sparsify({".": rule}, prune.one_shot(0))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["empty"].shape == (0, 5) and (params["weight"] + updates["weight"] == 0).any()

@@ -171,3 +171,10 @@ def test_batches_are_divided_by_rows(mesh):
     assert {shard.data.shape for shard in both.addressable_shards} == {(1, 2)}
     with pytest.raises(ValueError, match="x has 3 rows, which 2 devices along 'data' cannot share"):
         train.shard_batch({"x": np.ones((3, 2))}, mesh)
+
+
+def test_the_moments_of_a_single_array_lie_as_it_does(mesh):
+    state = train.TrainState.create(jnp.ones((8, 4)), optax.adam(1e-3), key=KEY)
+    found = train.shardings(state, mesh, [("^params$", P("data"))])
+    assert found.params.spec == found.opt_state[0].mu.spec == P("data")
+    assert found.opt_state[0].count.spec == P()

@@ -80,6 +80,9 @@ def _gather(tracer: Tracer, call: Call) -> list[Value]:
             zero.append(any(x.zero[d] for d, k in batch.items() if k == j))
             axes.append(())
     call.extra = passing
+    fill = call.params["fill_value"]
+    if call.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP and not (fill is None or fill == 0 or fill != fill):
+        zero = [False] * len(zero)  # a place outside is no zero; NaN is NaN in either model
     source = (x.source[0], tuple(axes)) if x.source is not None else None
     return [tracer.value(call.avals[0], labels, zero, source=source)]
 
@@ -154,6 +157,8 @@ def _scatter(tracer: Tracer, call: Call) -> list[Value]:
         labels[d], zero[d] = x.labels[d], x.zero[d] and updates.zero[rows[j]]
     tracer.freeze(x, inserted, "it is scattered into")
     _check_sums(tracer, updates, rows, batch, numbers)
+    if call.name == "scatter" and call.params["update_jaxpr"] is not None:
+        zero = [False] * x.ndim  # x.at[...].apply(f), and f(0) may be anything
     return [tracer.value(call.avals[0], labels, zero)]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from channels_models import Maker
+from jax import lax
 from jax.extend.core import Primitive
 
 from jaxcompress.prune import channels
@@ -194,3 +195,25 @@ def test_rows_in_groups_each_with_a_matrix_of_its_own():
     found = channels.verify(fn, params, plan, x)
     assert found.ok, found
     assert channels.activation(groups, fn, params, [(x,)])["w[2]"].shape == (6,)
+
+
+@pytest.mark.parametrize("place", [
+    lambda h, i: h.at[i].get(mode="fill", fill_value=1.0),
+    lambda h, i: h.at[i].apply(jnp.cos),
+    lambda h, i: h[:0].prod(0),
+    lambda h, i: lax.pad(h, jnp.float32(1), ((1, 0, 0), (0, 0, 0))),
+])  # fmt: skip
+def test_what_puts_other_numbers_beside_zeros_makes_a_sum_inexact(place):
+    def fn(p, x):
+        return place(x @ p["a"], 3 + jnp.argsort(x[:, 0])).sum(-1)
+
+    groups = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0][0])
+    assert {g.name: g.exact for g in groups} == {"a[1]": False}
+
+
+def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
+    def fn(p, x):
+        return jnp.take(p["a"], jnp.argsort(x[:, 0]), axis=0).sum(-1)
+
+    (group,) = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0][0])
+    assert group.exact
