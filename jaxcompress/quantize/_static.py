@@ -15,7 +15,8 @@ def static(params: Any, ranges: Mapping[str, Range]) -> Any:
         ranges = quantize.input_ranges(model.apply, params, batches, rules)
         small = quantize.static(quantize.convert(params, rules), ranges)  # or of what gptq made
 
-    Layer by layer and from the same inputs, the integers are those of `fake(fn, rules, ranges)`.
+    Layer by layer and from the same inputs, the integers are those of `fake(fn, rules, ranges)`. But a NaN among the
+    inputs becomes some integer, for a fixed step can't carry it; without ranges its row's results are NaN.
 
     Raises:
       ValueError: weights without a range, or ranges without a weight whose inputs are quantized.
