@@ -120,6 +120,7 @@ class School:
 
     def _refined(self, logits: jax.Array, lesson: Lesson) -> jax.Array:
         """`knobs`: the teacher's variables; its label of each image as it was moved."""
+        # Linen's apply may also return what has changed, which its type says of every call
         labels = distill.refined_labels(lambda x: self.teacher.apply(lesson.knobs, x), lesson.images[:, None])[:, 0]  # type: ignore[arg-type,return-value]
         return distill.soft_label_loss(logits, labels)
 

@@ -39,8 +39,13 @@ def quantize_between(x: Array, bits: int, keep: Sequence[int]) -> tuple[Array, A
     least, most = input_limits(bits, asymmetric=True)
     step = high / (most - least) - low / (most - least)  # apart, or a huge range overflows
     step = jnp.where(step < jnp.finfo(jnp.float32).tiny, 1.0, step)
-    zero = jnp.clip(jnp.round(least - low / step), least, most)
+    zero = whole(least - low / step, (least, most))
     return quantize_input_to(x, step, zero, bits), step, zero
+
+
+def whole(zero_point: Array, limits: tuple[int, int]) -> Array:
+    """A zero point as it is used: one of the integers."""
+    return jnp.clip(jnp.round(zero_point), *limits)
 
 
 def quantize_input_to(x: Array, step: Array, zero_point: Array | None, bits: int) -> Array:

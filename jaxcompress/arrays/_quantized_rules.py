@@ -256,6 +256,7 @@ def _rounded_input(x: Array, w: Quantized, dims: Dims) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _on_grid(x: Array, codes: Array, step: Array, zero: Array | None, bits: int, clips: bool) -> Array:
+    """What training rounds inputs to, from codes that are there, and in forward mode too."""
     return ((codes if zero is None else codes - zero) * step).astype(x.dtype)
 
 

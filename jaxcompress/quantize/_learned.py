@@ -15,7 +15,7 @@ from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxcompress.arrays import Codebook, Leaf, Quantized, compressed, is_leaf, register
-from jaxcompress.arrays._inputs import input_limits
+from jaxcompress.arrays._inputs import input_limits, whole
 from jaxcompress.arrays._products import ON_THE_WAY
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, _over_blocks, _spread, check_float
@@ -23,7 +23,7 @@ from jaxcompress.quantize._codebook import Ternary
 from jaxcompress.quantize._convert import named
 from jaxcompress.quantize._fake import FakeQuantized
 from jaxcompress.quantize._ranges import Range, check_ranges, steps_of
-from jaxcompress.quantize._steps import to_steps, whole
+from jaxcompress.quantize._steps import to_steps
 
 
 class Trained(Leaf):

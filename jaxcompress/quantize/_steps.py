@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.arrays._inputs import to_small_floats
+from jaxcompress.arrays._inputs import to_small_floats, whole
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -53,11 +53,6 @@ def _positions(
         return at, jnp.clip(jnp.round(at), *limits), None
     zero = whole(zero_point, limits)
     return at + zero, jnp.clip(jnp.round(at) + zero, *limits), zero
-
-
-def whole(zero_point: Array, limits: tuple[int, int]) -> Array:
-    """A zero point as it is used: one of the integers."""
-    return jnp.clip(jnp.round(zero_point), *limits)
 
 
 def _forward(

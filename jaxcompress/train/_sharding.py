@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, tree_leaves_with_path, treedef_is_leaf
 
-from jaxcompress.paths import Rules, match, path_name, with_leaves
+from jaxcompress.paths import Rules, match, owner, path_name, with_leaves
 from jaxcompress.train._state import TrainState
 
 
@@ -163,12 +163,8 @@ def _weight_parts(prefix: tuple[Any, ...], tree: Any) -> list[tuple[str, _Part]]
 def _optimizer_part(path: tuple[Any, ...], leaf: Any, known: dict[str, _Part]) -> _Part:
     """The part of the parameter whose name ends `path` (the longest such name), with the leaf's own shape."""
     name, shape = path_name(path), np.shape(leaf)
-    keys = name.split("/")
-    for i in range(1, len(keys) + 1):
-        parameter = known.get("/".join(keys[i:]))
-        if parameter is not None:
-            return _Part(parameter.name, shape, parameter.rank)
-    return _Part(name, shape, len(shape))
+    own = owner(name, known)
+    return _Part(name, shape, len(shape)) if own is None else _Part(known[own].name, shape, known[own].rank)
 
 
 def _fit(spec: PartitionSpec, part: _Part, mesh: Mesh) -> PartitionSpec:

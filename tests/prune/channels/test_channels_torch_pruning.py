@@ -59,7 +59,10 @@ def dependency_graph():
     fn, params, args = ZOO["resnet_projection"]()
     groups, _ = check(fn, params, args)
     found = {frozenset(f"{m.path}[{m.axis}]" for m in group.members) for group in groups}
-    norm = lambda n: {f"{n}/{part}[0]" for part in ("scale", "bias", "mean", "var")}  # noqa: E731
+
+    def norm(n):
+        return {f"{n}/{part}[0]" for part in ("scale", "bias", "mean", "var")}
+
     assert found == {
         frozenset({"stem[3]", *norm("n0"), "c1[2]", "short[2]"}),
         frozenset({"c1[3]", *norm("n1"), "c2[2]"}),
@@ -270,7 +273,10 @@ def flops():
     fn, params = chain()
     groups = channels.groups(fn, params, IMAGES)
     plan = channels.from_units(groups, {"a[3]": [0, 1, 2]})
-    of = lambda n: 2 * 2 * 36 * 9 * (3 * n + n * 2)  # noqa: E731 batch, pixels, kernel, channels
+
+    def of(n):
+        return 2 * 2 * 36 * 9 * (3 * n + n * 2)  # batch, pixels, kernel, channels
+
     assert (channels.flops(groups), channels.flops(groups, plan)) == (of(8), of(5))
     assert plan.parameters == (9 * (3 * 8 + 8 * 2) + 8, 9 * (3 * 5 + 5 * 2) + 5)
 
