@@ -2,10 +2,10 @@
 
 One teacher and one student of the resnet family, one initialisation and order of images a seed, one optimizer: only
 the term beside the labels' cross entropy differs (`_methods.py`). Its weight is that of the literature's code where it
-has the method, else 1 or as soft targets have it, times one of `factors`, which seed 0's validation accuracy chooses
-for all seeds; label smoothing and the teacher-free loss, which are the whole loss, stay as they are. The teacher has
-learned from images that move and are mirrored; the student sees them as they are, so the teacher's logits and maps are
-computed once.
+has the method, else 1 or as soft targets have it, times one of `factors`, which validation accuracy after shorter
+trainings of seed 0 chooses for all seeds; label smoothing and the teacher-free loss, which are the whole loss, stay as
+they are. The teacher has learned from images that move and are mirrored; the student sees them as they are, so the
+teacher's logits and maps are computed once.
 """
 
 import dataclasses
@@ -45,7 +45,9 @@ from jaxcompress import distill, linen
 class Config(_distilling.Config):
     """Every single-image classification loss, on one pair of networks."""
 
-    epochs: int = 12
+    epochs: int = 40
+    trial_epochs: int = 12
+    """Of the trainings that choose a factor."""
     teacher_epochs: int = 40
     rate: float = 2e-3
     factors: tuple[float, ...] = (1.0, 0.1, 0.01)
@@ -62,7 +64,7 @@ class Config(_distilling.Config):
 
 
 SHORT = Config(
-    seeds=1, examples=300, epochs=1, teacher_epochs=2, factors=(1.0, 0.1), shift=1, teacher_blocks=1,
+    seeds=1, examples=300, epochs=1, trial_epochs=1, teacher_epochs=2, factors=(1.0, 0.1), shift=1, teacher_blocks=1,
     teacher_widths=(8, 12, 16), student_widths=(4, 6, 8), stem_stride=1,
 )  # fmt: skip
 """A run of seconds on digits, for tests; its accuracies mean little."""
@@ -122,7 +124,7 @@ class School:
             tuple(shown[f"Stage_{i}"].shape[1:] for i in range(3)), tuple(x.shape[1:] for x in maps), tuple(margins)
         )
 
-    def learner(self, method: Method, remembers: bool) -> Learner:
+    def learner(self, method: Method, remembers: bool, epochs: int) -> Learner:
         """The student's training by a method, its projectors beside it, a contrast memory in the extras."""
         room = self.room
 
@@ -142,7 +144,7 @@ class School:
             total = method.hard * jnp.mean(hard(logits, lesson)) + lesson.knobs["weight"] * jnp.mean(term)
             return total, {"batch_stats": moved["batch_stats"], "memory": memory}
 
-        return Learner(room, init, loss)
+        return Learner(room, init, loss, epochs=epochs)
 
 
 class Arm:
@@ -157,51 +159,48 @@ class Arm:
 
     def __init__(self, school: School, name: str, method: Method, rows: dict[str, Any]) -> None:
         self.school, self.name, self.method, self.rows = school, name, method, rows
-        self.learn = school.learner(method, name == CONTRASTIVE)
-        self.candidates = school.config.factors if method.hard and method.weight else (1.0,)
+        c = school.config
+        self.learners = {n: school.learner(method, name == CONTRASTIVE, n) for n in {c.epochs, c.trial_epochs}}
+        self.candidates = c.factors if method.hard and method.weight else (1.0,)
 
-    def student(self, factor: float, seed: int) -> Any:
-        """The student's variables after a training."""
+    def student(self, factor: float, seed: int, epochs: int | None = None) -> Any:
+        """The student's variables after a training, of `Config.epochs` by default."""
+        c = self.school.config
         knobs = {"weight": factor * self.method.weight, "examples": len(self.school.room.labels)}
-        trained = self.learn(f"{self.name}, {factor:g}, seed {seed}", seed, rows=self.rows, knobs=knobs)
+        epochs = epochs or c.epochs
+        name = f"{self.name}, {factor:g}, seed {seed}" + ("" if epochs == c.epochs else f", {epochs} epochs")
+        trained = self.learners[epochs](name, seed, rows=self.rows, knobs=knobs)
         return {"params": trained["params"]["student"], "batch_stats": trained["batch_stats"]}
 
     def chosen(self) -> dict[str, Any]:
-        """Seed 0's factor by validation accuracy, the record of the choice if there was one, and the test accuracy."""
-        room, model = self.school.room, self.school.student
-        students = {factor: self.student(factor, 0) for factor in self.candidates}
-        if len(students) == 1:
-            ((factor, choice),) = ((factor, None) for factor in students)
-        else:
+        """The factor by the validation accuracy of seed 0's trials, and the record of the choice."""
+        room, model, epochs = self.school.room, self.school.student, self.school.config.trial_epochs
 
-            def score(factor: float, validation: Split) -> float:
-                logits = room.logits(model, students[factor], room.validation[0])
-                finite = bool(jnp.all(jnp.isfinite(logits)))
-                return accuracy(logits, jnp.asarray(validation.labels)) if finite else float("nan")
+        def score(factor: float, validation: Split) -> float:
+            logits = room.logits(model, self.student(factor, 0, epochs), room.validation[0])
+            finite = bool(jnp.all(jnp.isfinite(logits)))
+            return accuracy(logits, jnp.asarray(validation.labels)) if finite else float("nan")
 
-            what = f"factor of the weight, {self.name}"
-            factor, record = select(what, self.candidates, score, room.dataset.validation)
-            choice = dataclasses.asdict(record)
-        return {"factor": factor, "choice": choice, "accuracy": self.tested(students[factor], 0)}
-
-    def tested(self, student: Any, seed: int) -> float:
-        """Test accuracy of a final model."""
-        return self.school.room.test(f"{self.name}, seed {seed}", self.school.student, student)
+        factor, choice = select(f"factor of the weight, {self.name}", self.candidates, score, room.dataset.validation)
+        return {"factor": factor, "choice": dataclasses.asdict(choice)}
 
     def seeds(self) -> tuple[list[dict[str, float]], Choice | None]:
         """Each seed's figures, and the choice, if there was one."""
-        room, first = self.school.room, f"{self.name}, seed 0"
-        found = room.kept(first, self.chosen)
-        factor, choice = found["factor"], found["choice"]
-        values = [found["accuracy"]]
-        for seed in range(1, self.school.config.seeds):
-            measure = partial(self._measured, factor, seed)
-            values.append(room.kept(f"{self.name}, seed {seed}", measure))
+        room, factor, choice = self.school.room, self.candidates[0], None
+        if len(self.candidates) > 1:
+            found = room.kept(f"{self.name}, factor", self.chosen)
+            factor, choice = found["factor"], Choice(**found["choice"])
+        values = [
+            room.kept(f"{self.name}, seed {seed}", partial(self._tested, factor, seed))
+            for seed in range(self.school.config.seeds)
+        ]
         shown = factor if self.method.weight else 0.0
-        return [{"accuracy": value, "factor": shown} for value in values], Choice(**choice) if choice else None
+        return [{"accuracy": value, "factor": shown} for value in values], choice
 
-    def _measured(self, factor: float, seed: int) -> float:
-        return self.tested(self.student(factor, seed), seed)
+    def _tested(self, factor: float, seed: int) -> float:
+        """Test accuracy of a final model."""
+        name, model = f"{self.name}, seed {seed}", self.school.student
+        return self.school.room.test(name, model, self.student(factor, seed))
 
 
 def main(config: Config) -> _results.Result:
@@ -243,7 +242,8 @@ def main(config: Config) -> _results.Result:
         " repeated here.",
         command=command("distill_methods", c),
         selection="each term's weight, as one of the factors on the weight of Tian et al. 2020's code where it has the"
-        " method, else on 1 or on what soft targets have: by seed 0's validation accuracy, for all seeds"
+        " method, else on 1 or on what soft targets have: by seed 0's validation accuracy after"
+        f" {c.trial_epochs} epochs, for all seeds"
         if choices
         else "nothing was chosen",
         columns=[
