@@ -5,9 +5,10 @@ import contextvars
 import dataclasses
 import functools
 import json
+from abc import ABCMeta
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import equinox as eqx
 import jax
@@ -26,10 +27,36 @@ class MadeDenseError(TypeError):
     """Under `strict`, a compressed weight met a primitive that has no rule for it and would have been made dense."""
 
 
-class Leaf(quax.ArrayValue):
+if TYPE_CHECKING:
+    from quax._module import _FastModuleMeta as _ValueType
+else:
+    _ValueType = type(quax.ArrayValue)
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field, eqx.field))
+class _LeafType(_ValueType):
+    """The class of leaf classes: makes each a dataclass that JAX takes apart by itself.
+
+    Leaves are quax's values, and those are modules of equinox, which are taken apart by functions in Python: that takes
+    five times as long, for each leaf in each call of a compiled function.
+    """
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> type:
+        if "__init__" in namespace:
+            raise TypeError(f"{name}: a leaf is made of its fields alone; give it a classmethod instead of an __init__")
+        made: type = ABCMeta.__new__(cls, name, bases, namespace, **kwargs)
+        dataclasses.dataclass(repr=False, eq=False)(made)
+        static = [field.name for field in dataclasses.fields(made) if field.metadata.get("static", False)]
+        children = [field.name for field in dataclasses.fields(made) if field.name not in static]
+        return jax.tree_util.register_dataclass(made, children, static)
+
+    __call__ = type.__call__
+
+
+class Leaf(quax.ArrayValue, metaclass=_LeafType):
     """A compressed weight: a pytree that stands where an array stood.
 
-    A subclass becomes a frozen dataclass by itself (`@dataclass` on top of it is an error). Its array fields are the
+    A subclass becomes a frozen dataclass by itself, with no `@dataclass` on top of it. Its array fields are the
     pytree's children; what describes them (bits, the true length of a padded axis) are static fields of JSON types,
     `bits: int = equinox.field(static=True)`. Two properties let a leaf pass through `scan`, `vmap` and `shard_map`,
     which slice the children without telling the leaf:
@@ -74,6 +101,18 @@ class Leaf(quax.ArrayValue):
             deserialize_auxdata=lambda data: json.loads(bytes(data)),
             from_children=functools.partial(_from_children, cls),
         )
+
+    # What equinox does beside for modules that are built step by step, or whose methods are jitted, isn't needed.
+    __getattribute__ = object.__getattribute__
+    __hash__ = None  # type: ignore[assignment]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return object.__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or name not in type(self).__dataclass_fields__:
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {name!r}: see dataclasses.replace")
+        object.__setattr__(self, name, value)
 
     @staticmethod
     def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -188,9 +227,8 @@ def _names(cls: type[Leaf], static: bool) -> list[str]:
 
 
 def _serialize_static(cls: type[Leaf], auxdata: Any) -> bytes:
-    # equinox's auxdata is (wrapper fields, *static fields)
     names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static", False)]
-    return json.dumps(dict(zip(names, auxdata[1:], strict=True))).encode()
+    return json.dumps(dict(zip(names, auxdata, strict=True))).encode()
 
 
 def _from_children(cls: type[Leaf], static: dict[str, Any], children: Sequence[Any]) -> Leaf:

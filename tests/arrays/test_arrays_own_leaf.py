@@ -1,10 +1,14 @@
 """A leaf written outside the library, with public names alone: the one in `Leaf`'s docstring."""
 
+import dataclasses
+import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from leaves import KINDS
 
 from jaxcompress import arrays, export, pack
 
@@ -44,3 +48,33 @@ def test_the_docstrings_leaf_runs_saves_and_exports(rng, tmp_path):
     np.testing.assert_array_equal(pack.load(tmp_path / "small.jxc")["kernel"].blocks, blocks)
     export.save(tmp_path / "small.bin", model, small, x)
     np.testing.assert_allclose(export.load(tmp_path / "small.bin")(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_leaf_is_taken_apart_without_python(kind):
+    # A compiled function's call does so for each leaf: 1.2 microseconds where it was in Python, 0.25 so.
+    tree, called = [KINDS[kind]((8, 4)) for _ in range(3)], []
+    structure = jax.tree.structure(tree)
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        structure.flatten_up_to(tree)
+        equal = jax.tree_util.default_registry.flatten(tree)[1] == structure
+    finally:
+        sys.setprofile(None)
+    assert equal and not called
+
+
+def test_leaves_are_frozen_dataclasses_of_their_fields():
+    leaf = KINDS["int8"]((8, 4))
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"dataclasses\.replace"):
+        leaf.scale = leaf.scale * 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        leaf.other = 1
+    assert dataclasses.replace(leaf, activation_bits=8).activation_bits == 8
+    with pytest.raises(TypeError, match="hash"):
+        hash(leaf)
+    with pytest.raises(TypeError, match="classmethod"):
+
+        class Built(arrays.Leaf):
+            def __init__(self, x):
+                pass
