@@ -41,6 +41,7 @@ def low_rank(shape, *, rows=None, rank=3, stacked=0, dtype="float32", seed=0) ->
 KINDS = {
     "int8": lambda shape, **kw: quantized(shape, **kw),
     "int4": lambda shape, **kw: quantized(shape, bits=4, **kw),
+    "as int4": lambda shape, **kw: quantized(shape, bits=4, **kw).as_int4(),
     "asymmetric": lambda shape, **kw: quantized(shape, asymmetric=True, **kw),
     "per tensor": lambda shape, **kw: quantized(shape, axes=(), **kw),
     "sparse": lambda shape, **kw: sparse(shape, **kw),

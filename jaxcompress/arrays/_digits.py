@@ -30,7 +30,7 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
 
     Weights of more axes are matrices too, if the contracted ones are the first of them or the last.
     """
-    plain = w.of_integers and w.values.dtype.itemsize == 1 and w.length is None and w.zero_point is None
+    plain = w.of_integers and w.bits == 8 and w.zero_point is None
     if not plain or not dims.w_contract or dims.w_batch or (w.turned and w.ndim > 2) or jax.device_count() > 1:
         return False
     along = _along(w, dims)

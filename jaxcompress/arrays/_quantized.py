@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int4, Int8, UInt8
 
 from jaxcompress.arrays._bits import from_table, pack_signed, repeated, signed_parts, unpack_signed
 from jaxcompress.arrays._byte_products import moved
@@ -29,8 +29,9 @@ class Quantized(Leaf):
     `jaxcompress.quantize` makes these; `Quantized.from_codes` builds one from integers and scales you have.
     """
 
-    values: Int8[Array, "*shape"] | UInt8[Array, "*packed"] | Float[Array, "*shape"]
-    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; or small floats."""
+    values: Int8[Array, "*shape"] | Int4[Array, "*shape"] | UInt8[Array, "*packed"] | Float[Array, "*shape"]
+    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; int4 codes (see
+    `as_int4`); or small floats."""
     scale: Float[Array, "*blocks"]
     """The step of the integers' grid: float32, or float8_e8m0fnu (powers of two, of the mx formats)."""
     zero_point: Int8[Array, "*blocks"] | None
@@ -120,6 +121,8 @@ class Quantized(Leaf):
         if self.turned:
             signed = self.values.dtype == jnp.int8  # as files of the first weeks have them
             return jnp.swapaxes(self.values if signed else moved(self.values), -1, -2)
+        if self.values.dtype == jnp.int4:
+            return self.values.astype(jnp.int8)
         return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
 
     def outputs_first(self) -> "Quantized":
@@ -131,7 +134,7 @@ class Quantized(Leaf):
         Raises:
           ValueError: values that aren't int8, or packed; fewer than two axes.
         """
-        if not self.of_integers or self.length is not None or self.ndim < 2:
+        if not self.of_integers or self.bits != 8 or self.ndim < 2:
             raise ValueError(
                 f"codes of 8 bits with at least two axes can be stored outputs first, got {self.bits} bits "
                 f"{list(self.shape)} as {self.values.dtype}"
@@ -139,6 +142,22 @@ class Quantized(Leaf):
         if self.turned:
             return self
         return dataclasses.replace(self, values=moved(jnp.swapaxes(self.values, -1, -2)), turned=True)
+
+    def as_int4(self) -> "Quantized":
+        """The same weight with its 4-bit codes as an array of JAX's int4, not as bytes of two.
+
+        So XLA itself takes them apart, which on a TPU or GPU it does inside the product. Every number stays.
+
+        Raises:
+          ValueError: codes that don't have 4 bits.
+        """
+        if self.bits != 4:
+            raise ValueError(f"codes of 4 bits can be stored as int4, got {self.bits} bits as {self.values.dtype}")
+        return (
+            self
+            if self.length is None
+            else dataclasses.replace(self, values=self.codes().astype(jnp.int4), length=None)
+        )
 
     def numbers(self, codes: Array, dtype: Any) -> Array:
         """What codes stand for, before the zero point and the scale."""

@@ -93,7 +93,7 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
     def floats(x: Array, w: Quantized) -> Array:
         x, decode = _rounded_input(x, w, dims), _scaled if w.of_integers else None
-        return tiled(grouped, x, w, dims, whole=lambda: _not_alone(grouped, x, w, dims), decode=decode)
+        return tiled(grouped, x, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
 
     def integers(x: Array, w: Quantized) -> Array:
         codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
@@ -104,11 +104,19 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
     return derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
 
 
-def _not_alone(product: Any, x: Array, w: Quantized, dims: Dims) -> Array:
-    """A product; on a TPU a single row is computed twice, for XLA would write a wider weight out for one."""
+def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """Of groups at once: a batch axis on a CPU; elsewhere XLA decodes a scaled weight inside one plain product."""
+
+    def fused(x: Array) -> Array:
+        return _dot_columns(_dot_scaled, x, w, dims, params)
+
+    def grouped() -> Array:
+        return _dot_columns(_dot_groups, x, w, dims, params)
+
     if not dims.x_free(x.ndim) or dims.rows(x) != 1:
-        return product(x, w)
-    return lax.platform_dependent(tpu=lambda: doubled(lambda x: product(x, w), x, dims), default=lambda: product(x, w))
+        return lax.platform_dependent(cpu=grouped, default=lambda: fused(x))
+    # for a single row a TPU would write the scaled weight out
+    return lax.platform_dependent(cpu=grouped, tpu=lambda: doubled(fused, x, dims), default=lambda: fused(x))
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
@@ -234,7 +242,8 @@ def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], code
 
 
 def _dot_scaled(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    return _dot_floats(x, w, dims, params, lambda dtype: w.centred(dtype) * w.spread(w.steps).astype(dtype))
+    number = compute_dtype(x)  # the product of a code and a scale is rounded once
+    return _dot_floats(x, w, dims, params, lambda dtype: (w.centred(number) * w.spread(w.steps)).astype(dtype))
 
 
 def _dot_integers(x_codes: Array, w_codes: Array, dims: Dims, params: dict[str, Any]) -> Array:

@@ -42,5 +42,5 @@ def _update(w: Quantized, update: ArrayLike, *starts: ArrayLike) -> Any:
     else:
         codes, step, zero = quantize_between(update, w.bits, keep=own)
         zero_point = written(w.zero_point, zero)
-    values = written(w.values, pack_signed(codes, w.bits))
+    values = written(w.values, codes if w.length is None else pack_signed(codes, w.bits))
     return dataclasses.replace(w, values=values, scale=written(w.scale, step), zero_point=zero_point)

@@ -21,7 +21,7 @@ from jaxcompress.quantize._allocate import LayerCost, allocate, chosen_rules, la
 from jaxcompress.quantize._awq import awq
 from jaxcompress.quantize._biases import correct_biases
 from jaxcompress.quantize._codebook import Binary, KMeans, Ternary
-from jaxcompress.quantize._convert import Scheme, convert, outputs_first
+from jaxcompress.quantize._convert import Scheme, as_int4, convert, outputs_first
 from jaxcompress.quantize._equalize import equalize, smooth
 from jaxcompress.quantize._fake import FakeQuantized, fake, fake_quantize_input
 from jaxcompress.quantize._float_products import FloatProduct
@@ -54,6 +54,7 @@ __all__ = [
     "Ternary",
     "adaround",
     "allocate",
+    "as_int4",
     "awq",
     "chosen_rules",
     "convert",

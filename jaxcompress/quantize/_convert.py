@@ -1,6 +1,7 @@
 """From trained float weights to integers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -93,16 +94,38 @@ def outputs_first(params: Any, rules: Rules[bool]) -> Any:
       UnmatchedRuleError: a rule matches no parameter.
       ValueError: a weight that has no int8 codes, named by its path. Nothing is changed then.
     """
+    return _laid_out(params, rules, Quantized.outputs_first)
+
+
+def as_int4(params: Any, rules: Rules[bool]) -> Any:
+    """`params` with the 4-bit codes of the chosen weights as arrays of JAX's int4, for a TPU or GPU.
+
+        small = quantize.convert(params, {"kernel$": quantize.Affine(bits=4, group=(0, 128))})
+        small = quantize.as_int4(small, {"kernel$": True})
+
+    Each number stays, and so does the number of bytes. As `convert` leaves them codes lie two a byte, which every
+    backend and file format can hold, and are taken apart by shifts; XLA does not always fuse those into a product, and
+    then reads the weight twice or writes it out. It takes int4 apart itself. `python -m benchmarks quantize.tpu` has
+    the bytes that a TPU reads and writes for either. On a CPU leave codes as they are.
+
+    Raises:
+      UnmatchedRuleError: a rule matches no parameter.
+      ValueError: a weight that has no 4-bit codes, named by its path. Nothing is changed then.
+    """
+    return _laid_out(params, rules, Quantized.as_int4)
+
+
+def _laid_out(params: Any, rules: Rules[bool], change: Callable[[Quantized], Quantized]) -> Any:
     leaves = named_leaves(params, is_leaf)
     chosen = match(rules, [name for name, _ in leaves], default=False)
 
-    def turned(name: str, leaf: Any) -> Any:
+    def laid(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Quantized):
             raise ValueError(f"{name!r} is no quantized weight: convert it first, or leave it out of the rules")
         try:
-            return leaf.outputs_first()
+            return change(leaf)
         except ValueError as error:
             raise ValueError(f"cannot lay {name!r} out: {error}") from error
 
-    turns = [turned(name, leaf) if turn else leaf for (name, leaf), turn in zip(leaves, chosen, strict=True)]
-    return with_leaves(params, turns, is_leaf)
+    changed = [laid(name, leaf) if this else leaf for (name, leaf), this in zip(leaves, chosen, strict=True)]
+    return with_leaves(params, changed, is_leaf)
