@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks._harness import Figures, benchmark, exact
-from jaxcompress import Quantized, compressed, quantize
+from jaxcompress import Codebook, Quantized, compressed, quantize
 
 DESCRIBED = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
@@ -34,6 +34,8 @@ SCHEMES: dict[str, quantize.Scheme] = {
     "int4_groups": quantize.Affine(bits=4, group=(0, 128)),
     "int4_groups_zero": quantize.Affine(bits=4, group=(0, 128), symmetric=False),
     "nf4": quantize.NF4(),
+    "binary": quantize.Binary(),
+    "ternary": quantize.Ternary(),
 }
 
 
@@ -51,8 +53,10 @@ def _tpu(rounds: int) -> Figures:
         compiled: Any = jax.jit(compressed(jnp.dot)).lower(x, there).compile()
         return moved_bytes(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes
 
-    kinds = {name: jax.eval_shape(scheme.convert, weight) for name, scheme in SCHEMES.items()}
+    kinds: dict[str, Any] = {name: jax.eval_shape(scheme.convert, weight) for name, scheme in SCHEMES.items()}
     kinds |= {f"{name}.as_int4": jax.eval_shape(Quantized.as_int4, w) for name, w in kinds.items() if w.bits == 4}
+    indices, centroids = jax.ShapeDtypeStruct(SIZE, jnp.uint8), jax.ShapeDtypeStruct((1, 1, 16), jnp.bfloat16)
+    kinds["codebook_16"] = jax.eval_shape(Codebook.from_indices, indices, centroids)
     figures = {}
     for rows in ROWS:
         whole, _ = moved(rows, weight)

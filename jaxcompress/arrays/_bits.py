@@ -50,8 +50,12 @@ def unpack_indices(packed: UInt8[Array, "*lead bytes"], bits: int, length: int) 
     """The first `length` integers of each packed row."""
     if bits == 8:
         return packed
-    parts = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return lax.collapse(jnp.stack(parts, axis=-1), packed.ndim - 1)[..., :length]
+    return lax.collapse(jnp.stack(index_parts(packed, bits), axis=-1), packed.ndim - 1)[..., :length]
+
+
+def index_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[UInt8[Array, "*lead bytes"]]:
+    """The first integer of each byte, the second of each, ...: what `unpack_indices` interleaves."""
+    return [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
 
 
 def from_table(table: Array, indices: Array) -> Array:

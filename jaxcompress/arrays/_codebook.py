@@ -1,5 +1,6 @@
 """Weights that share a few values: small integers that index a codebook of centroids."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, UInt8
 
-from jaxcompress.arrays._bits import from_table, pack_indices, unpack_indices
+from jaxcompress.arrays._bits import from_table, index_parts, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
 
 
@@ -64,6 +65,30 @@ class Codebook(Leaf):
     def materialise(self) -> Array:
         return look_up(self.centroids, self.codes(), self.keep_zeros)
 
+    def chosen(self) -> Array:
+        """The dense value by selects, half of the centroids by each bit of an index.
+
+        A TPU looks up slowly and writes down what it finds; selects it fuses into a product.
+        """
+        return _choose(_zeroed(self.centroids) if self.keep_zeros else self.centroids, self.codes())
+
+    def columns(self) -> list["Codebook"]:
+        """Of packed indices the first of each byte, the second of each, ..., each unpacked; or the weight alone."""
+        a_byte = 8 // self.bits
+        if a_byte == 1 or self.length % a_byte:
+            return [self]
+        shared = self.centroids.shape[-2] == 1
+        return [
+            dataclasses.replace(
+                self,
+                indices=part,
+                centroids=self.centroids if shared else self.centroids[..., first::a_byte, :],
+                bits=8,
+                length=part.shape[-1],
+            )
+            for first, part in enumerate(index_parts(self.indices, self.bits))
+        ]
+
     def codes(self) -> UInt8[Array, "*shape"]:
         """The indices, unpacked."""
         return unpack_indices(self.indices, self.bits, self.length)
@@ -92,9 +117,25 @@ class Codebook(Leaf):
 
 def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"], keep_zeros: bool) -> Any:
     """Each index's centroid, from its block's codebook."""
-    if keep_zeros:  # not as a centroid that happens to be zero: it would learn
-        centroids = centroids.at[..., 0].set(0)
+    if keep_zeros:
+        centroids = _zeroed(centroids)
     if all(size == 1 for size in centroids.shape[:-1]):
         return from_table(centroids.reshape(-1), indices)
     wide = jnp.take_along_axis(centroids, indices[..., None].astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     return jnp.squeeze(wide, -1)
+
+
+def _zeroed(centroids: Array) -> Array:
+    return centroids.at[..., 0].set(0)  # not a centroid that happens to be zero: it would learn
+
+
+@jax.jit
+def _choose(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"]) -> Array:
+    values = [centroids[..., i] for i in range(centroids.shape[-1])]
+    bit = 0
+    while len(values) > 1:
+        odd = (indices >> bit) & 1 == 1
+        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+        values = [jnp.where(odd, pair[1], pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
+        bit += 1
+    return jnp.broadcast_to(values[0], indices.shape)

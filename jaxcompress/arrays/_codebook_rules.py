@@ -1,6 +1,8 @@
 """What `Codebook` weights do without becoming dense: multiply and convolve tile by tile, look up, and change shape."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +13,15 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._codebook import Codebook, look_up
 from jaxcompress.arrays._leaf import register
-from jaxcompress.arrays._products import Dims, compute_dtype, constrain_like, is_float, register_product
+from jaxcompress.arrays._products import (
+    Dims,
+    by_columns,
+    compute_dtype,
+    constrain_like,
+    doubled,
+    is_float,
+    register_product,
+)
 from jaxcompress.arrays._tiles import tiled, tiled_outputs
 
 
@@ -21,10 +31,20 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
         return NotImplemented
     kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
 
-    def product(x: Array, w: Codebook) -> Array:
-        return lax.dot_general(x, w.materialise(), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
+    def product(x: Array, w: Codebook, decode: Callable[[Codebook], Array] = Codebook.materialise) -> Array:
+        return lax.dot_general(x, decode(w), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
 
-    return tiled(product, x, w, dims).astype(params["preferred_element_type"] or x.dtype)
+    def chosen(x: Array) -> Array:
+        return by_columns(functools.partial(product, decode=Codebook.chosen), x, w, dims)
+
+    def whole() -> Array:
+        if kwargs["out_sharding"] is not None:
+            return product(x, w)
+        alone = dims.rows(x) == 1  # for a single row a TPU would write the weight out
+        on_tpu = (lambda: doubled(chosen, x, dims)) if alone else lambda: chosen(x)
+        return lax.platform_dependent(tpu=on_tpu, default=lambda: product(x, w))
+
+    return tiled(product, x, w, dims, whole=whole).astype(params["preferred_element_type"] or x.dtype)
 
 
 @register(lax.conv_general_dilated_p)
@@ -34,7 +54,10 @@ def _conv(x: ArrayLike, w: Codebook, **params: Any) -> Array:
         return NotImplemented
 
     def convolve(w: Codebook) -> Array:
-        return lax.conv_general_dilated_p.bind(x, w.materialise(), **params)
+        def with_kernel(kernel: Array) -> Array:
+            return lax.conv_general_dilated_p.bind(x, kernel, **params)
+
+        return lax.platform_dependent(tpu=lambda: with_kernel(w.chosen()), default=lambda: with_kernel(w.materialise()))
 
     return tiled_outputs(convolve, w, numbers.rhs_spec[0], numbers.out_spec[1])
 

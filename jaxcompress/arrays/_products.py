@@ -1,5 +1,6 @@
 """Index arithmetic of `dot_general` and `conv_general_dilated`, shared by the rules of every leaf."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -152,6 +153,23 @@ def doubled(product: Callable[[Array], Array], x: Array, dims: Dims) -> Array:
     if not free:
         return lax.index_in_dim(product(jnp.stack([x, x], axis=-1)), 0, axis=last, keepdims=False)
     return lax.slice_in_dim(product(jnp.concatenate([x, x], axis=free[-1])), 0, 1, axis=last - 1)
+
+
+def by_columns(product: Callable[[Array, Any], Array], x: Array, w: Any, dims: Dims) -> Array:
+    """`product(x, w)`, by the `w.columns()`: of packed codes the first of each byte, the second of each, ...
+
+    To interleave the codes would cost more.
+    """
+    last = w.ndim - 1
+    columns = [w] if last in dims.w_batch else w.columns()
+    if len(columns) == 1:
+        return product(x, w)
+    if last in dims.w_contract:
+        axis = dims.x_contract[dims.w_contract.index(last)]
+        strided = [lax.slice_in_dim(x, i, None, len(columns), axis) for i in range(len(columns))]
+        return functools.reduce(jnp.add, map(product, strided, columns))
+    together = jnp.stack([product(x, column) for column in columns], axis=-1)
+    return lax.collapse(together, together.ndim - 2)  # the weight's last axis is the output's
 
 
 def compute_dtype(x: Array) -> Any:

@@ -222,8 +222,13 @@ class Quantized(Leaf):
         )
 
     def columns(self) -> list["Quantized"]:
-        """Of packed codes the first of each byte, the second of each, ..., each unpacked: nothing is interleaved."""
+        """Of packed codes the first of each byte, the second of each, ..., each unpacked: nothing is interleaved.
+
+        The weight alone where nothing is packed, or where bytes are cut off or lie across groups.
+        """
         a_byte = 8 // self.bits
+        if self.length is None or self.length % a_byte or (self.group is not None and self.group[0] == -1):
+            return [self]
 
         def column(codes: Array, first: int) -> Quantized:
             def own(per_block: Array) -> Array:

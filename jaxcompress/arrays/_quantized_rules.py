@@ -29,6 +29,7 @@ from jaxcompress.arrays._products import (
     Dims,
     along_contracted,
     along_output,
+    by_columns,
     compute_dtype,
     derived_from,
     doubled,
@@ -78,7 +79,8 @@ def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, An
         return derived_from(floats, functools.partial(_dot_codes, dims=dims, params=params), x, w) * scale
 
     def before() -> Array:
-        return _dot_columns(_dot_scaled, _rounded_input(x, w, dims), w, dims, params)
+        scaled = functools.partial(_dot_scaled, dims=dims, params=params)
+        return by_columns(scaled, _rounded_input(x, w, dims), w, dims)
 
     exact = w.as_integers or x.dtype != jnp.float32  # few digits hold integers, but not integers times a scale
     if exact or is_tiled(x, w, dims) or suits(x, w, dims) or jax.device_count() > 1:
@@ -88,8 +90,8 @@ def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, An
 
 
 def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    def grouped(x: Array, w: Quantized) -> Array:
-        return _dot_columns(_dot_groups, x, w, dims, params)
+    def grouped(x: Array, w: Quantized, zero: Array | None = None) -> Array:
+        return by_columns(functools.partial(_dot_groups, dims=dims, params=params, zero=zero), x, w, dims)
 
     def floats(x: Array, w: Quantized) -> Array:
         x, decode = _rounded_input(x, w, dims), _scaled if w.of_integers else None
@@ -97,8 +99,7 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
     def integers(x: Array, w: Quantized) -> Array:
         codes, step, zero = _input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
-        groups = functools.partial(_dot_groups, zero=zero)
-        sums = tiled(lambda x, w: _dot_columns(groups, x, w, dims, params), codes, w, dims)
+        sums = tiled(functools.partial(grouped, zero=zero), codes, w, dims)
         return sums * _along_weight(step, dims, w.ndim)
 
     return derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
@@ -108,10 +109,10 @@ def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]
     """Of groups at once: a batch axis on a CPU; elsewhere XLA decodes a scaled weight inside one plain product."""
 
     def fused(x: Array) -> Array:
-        return _dot_columns(_dot_scaled, x, w, dims, params)
+        return by_columns(functools.partial(_dot_scaled, dims=dims, params=params), x, w, dims)
 
     def grouped() -> Array:
-        return _dot_columns(_dot_groups, x, w, dims, params)
+        return by_columns(functools.partial(_dot_groups, dims=dims, params=params), x, w, dims)
 
     if not dims.x_free(x.ndim) or dims.rows(x) != 1:
         return lax.platform_dependent(cpu=grouped, default=lambda: fused(x))
@@ -124,19 +125,21 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_i
     x = _rounded_input(x, w, dims)
     x = x if per_input is None else x * per_input
     decode = _centred if w.of_integers else None
+    product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def floats(x: Array, w: Quantized) -> Array:
-        return tiled(lambda x, w: _dot_columns(_dot_floats, x, w, dims, params), x, w, dims, decode=decode)
+        return tiled(lambda x, w: by_columns(product, x, w, dims), x, w, dims, decode=decode)
 
     return by_digits(floats, x, w, dims) if suits(x, w, dims) else floats(x, w)
 
 
 def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """The product of integers, scaled by the inputs' steps."""
+    product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def integers(codes: Array) -> Array:
         def whole() -> Array:
-            return _dot_columns(lambda x, w, *_: _dot_integers(x, w.codes(), dims, params), codes, w, dims, params)
+            return by_columns(lambda x, w: _dot_integers(x, w.codes(), dims, params), codes, w, dims)
 
         in_pieces = not w.turned and beats_bytes(codes, w.shape, dims)
         if not in_pieces and is_laid_for_integers(codes, w, dims):
@@ -146,7 +149,7 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             return multiply_integers(codes, w.codes(), dims)
         # packed codes are unpacked into floats in tiles, which add up 1,024 products of two int8 as exactly as integers
         return tiled(
-            lambda x, w: _dot_columns(_dot_floats, x, w, dims, params).astype(jnp.int32),
+            lambda x, w: by_columns(product, x, w, dims).astype(jnp.int32),
             codes.astype(jnp.float32),
             w,
             dims,
@@ -209,29 +212,11 @@ def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
 
 
 def _centred(w: Quantized, dtype: Any) -> list[Array]:
-    return [column.centred(dtype) for column in _columns(w)]
+    return [column.centred(dtype) for column in w.columns()]
 
 
 def _scaled(w: Quantized, dtype: Any) -> list[Array]:
-    return [column.centred(dtype) * column.steps.astype(dtype) for column in _columns(w)]
-
-
-def _columns(w: Quantized) -> list[Quantized]:
-    return [w] if w.length is None or w.length % (8 // w.bits) else w.columns()
-
-
-def _dot_columns(product: Any, x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    """`product`, of packed codes by the first of each byte, the second, ...: to interleave them would cost more."""
-    last, a_byte = w.ndim - 1, 8 // w.bits
-    if w.length is None or w.length % a_byte or last in dims.w_batch or (w.group is not None and w.group[0] == -1):
-        return product(x, w, dims, params)
-    columns = w.columns()
-    if last in dims.w_contract:
-        axis = dims.x_contract[dims.w_contract.index(last)]
-        strided = [lax.slice_in_dim(x, i, None, a_byte, axis) for i in range(a_byte)]
-        return sum(product(part, column, dims, params) for part, column in zip(strided, columns, strict=True))
-    together = jnp.stack([product(x, column, dims, params) for column in columns], axis=-1)
-    return lax.collapse(together, together.ndim - 2)  # the weight's last axis is the output's
+    return [column.centred(dtype) * column.steps.astype(dtype) for column in w.columns()]
 
 
 def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:

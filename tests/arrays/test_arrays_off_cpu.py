@@ -1,0 +1,103 @@
+"""What products run on a TPU or GPU, run here: the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxcompress import compressed, dense, quantize
+from jaxcompress.arrays import Codebook
+from jaxcompress.quantize import Affine
+
+SCHEMES = {
+    "int8": Affine(8),
+    "int8, zero point": Affine(8, symmetric=False),
+    "int8, integers": Affine(8, activation_bits=8),
+    "int8, groups": Affine(8, group=(-2, 8)),
+    "int4": Affine(4),
+    "int4, groups": Affine(4, group=(-2, 8)),
+    "int4, groups, zero point": Affine(4, group=(-2, 8), symmetric=False),
+    "int4, groups of outputs": Affine(4, group=(-1, 8), symmetric=False),
+    "int4, groups, integers": Affine(4, group=(-2, 8), activation_bits=8),
+    "int2, groups": Affine(2, group=(-2, 8)),
+    "nf4": quantize.NF4((-2, 8)),
+    "mx": quantize.MX(),
+    "fp8": quantize.Floats("float8_e4m3fn"),
+    "binary": quantize.Binary(),
+    "ternary": quantize.Ternary(),
+    "k-means": quantize.KMeans(5),
+    "k-means, zeros apart": quantize.KMeans(9, keep_zeros=True),
+    "k-means an output": quantize.KMeans(16, axes=(-1,)),
+}
+PRODUCTS = {
+    "matmul": lambda x, w: x @ w,
+    "vector": lambda x, w: x[0] @ w,
+    "transposed": lambda x, w: (x @ w) @ w.T,
+    "einsum": lambda x, w: jnp.einsum("io,bi->ob", w, x),
+}
+
+
+@pytest.fixture(params=["tpu", "cuda"])
+def platform(request, monkeypatch):
+    def there(*args, default=None, **by_platform):
+        return by_platform.get(request.param, default)(*args)
+
+    monkeypatch.setattr(lax, "platform_dependent", there)
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_products(name, rows, rng):
+    w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=(24, 16)) * (rng.random((24, 16)) < 0.7), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(rows, 24)), jnp.float32)
+    whole = dense(w)
+    # rounded inputs are checked where a product is one of integers; here only that their number of bits is about right
+    tolerance = 2e-5 if getattr(w, "activation_bits", None) is None else 2e-2
+    for fn in PRODUCTS.values():
+        got, wanted = compressed(fn)(x, w), fn(x, whole)
+        np.testing.assert_allclose(got, wanted, atol=tolerance * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("name", ["int4, groups", "binary", "k-means"])
+def test_convolutions(name, rng):
+    scheme = Affine(4) if name == "int4, groups" else SCHEMES[name]
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 3, 4, 8), (2, 6, 6, 4)))
+    small = scheme.convert(w)
+
+    def conv(x, w):
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    np.testing.assert_allclose(compressed(conv)(x, small), conv(x, dense(small)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+@pytest.mark.parametrize("blocks", [(1, 1), (1, 6), (4, 1), (4, 6)])
+@pytest.mark.parametrize("k", [1, 2, 3, 16, 19])
+def test_chosen_is_looked_up(k, blocks, keep_zeros, rng):
+    centroids = jnp.asarray(rng.normal(size=(*blocks, k)), jnp.float32)
+    w = Codebook.from_indices(jnp.asarray(rng.integers(0, k, (4, 6))), centroids, keep_zeros=keep_zeros)
+    np.testing.assert_array_equal(w.chosen(), w.materialise())
+    weights = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+
+    def gradient(value):
+        return jax.grad(lambda w: jnp.sum(weights * value(w)), allow_int=True)(w).centroids
+
+    np.testing.assert_allclose(gradient(Codebook.chosen), gradient(Codebook.materialise), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("platform")
+def test_centroids_learn(rng):
+    w = quantize.Ternary().convert(jnp.asarray(rng.normal(size=(24, 16)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+
+    def gradient(fn):
+        return jax.grad(lambda c: jnp.sum(jnp.sin(fn(x, c))))(w.centroids)
+
+    def leaf(c):
+        return Codebook(w.indices, c, bits=w.bits, length=w.length)
+
+    got = gradient(lambda x, c: compressed(jnp.matmul)(x, leaf(c)))
+    np.testing.assert_allclose(got, gradient(lambda x, c: x @ leaf(c).materialise()), rtol=1e-4, atol=1e-4)
