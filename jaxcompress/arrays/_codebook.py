@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, UInt8
 from jaxcompress.arrays._bits import from_table, index_parts, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
 
+FUSED = 128  # centroids; with twice as many XLA for a TPU wrote their selects to memory
+
 
 class Codebook(Leaf):
     """`centroids[indices]`: each weight is one of at most 256 values, per layer or per channel.
@@ -65,12 +67,16 @@ class Codebook(Leaf):
     def materialise(self) -> Array:
         return look_up(self.centroids, self.codes(), self.keep_zeros)
 
-    def chosen(self) -> Array:
-        """The dense value by selects, half of the centroids by each bit of an index.
+    def chosen(self) -> list[Array]:
+        """Arrays whose sum is the dense value, chosen by selects: half of the centroids by each bit of an index.
 
-        A TPU looks up slowly and writes down what it finds; selects it fuses into a product.
+        A TPU looks up slowly and writes down what it finds; selects among at most `FUSED` it fuses into a product.
         """
-        return _choose(_zeroed(self.centroids) if self.keep_zeros else self.centroids, self.codes())
+        centroids, codes = _zeroed(self.centroids) if self.keep_zeros else self.centroids, self.codes()
+        if centroids.shape[-1] <= FUSED:
+            return [_choose(centroids, codes)]
+        low, high = (_choose(half, codes) for half in (centroids[..., :FUSED], centroids[..., FUSED:]))
+        return [jnp.where(codes < FUSED, low, 0), jnp.where(codes < FUSED, 0, high)]
 
     def columns(self) -> list["Codebook"]:
         """Of packed indices the first of each byte, the second of each, ..., each unpacked; or the weight alone."""
@@ -132,10 +138,8 @@ def _zeroed(centroids: Array) -> Array:
 @jax.jit
 def _choose(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"]) -> Array:
     values = [centroids[..., i] for i in range(centroids.shape[-1])]
-    bit = 0
-    while len(values) > 1:
+    for bit in range((len(values) - 1).bit_length()):
         odd = (indices >> bit) & 1 == 1
         pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
         values = [jnp.where(odd, pair[1], pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
-        bit += 1
     return jnp.broadcast_to(values[0], indices.shape)
