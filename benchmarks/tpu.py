@@ -55,7 +55,7 @@ def _tpu(rounds: int) -> Figures:
 
     kinds: dict[str, Any] = {name: jax.eval_shape(scheme.convert, weight) for name, scheme in SCHEMES.items()}
     kinds |= {f"{name}.as_int4": jax.eval_shape(Quantized.as_int4, w) for name, w in kinds.items() if w.bits == 4}
-    for k in (16, 256):
+    for k in (16, 128):
         indices, centroids = jax.ShapeDtypeStruct(SIZE, jnp.uint8), jax.ShapeDtypeStruct((1, 1, k), jnp.bfloat16)
         kinds[f"codebook_{k}"] = jax.eval_shape(Codebook.from_indices, indices, centroids)
     figures = {}

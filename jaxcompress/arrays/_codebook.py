@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxcompress.arrays._bits import from_table, index_parts, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
 
-FUSED = 128  # centroids; with twice as many XLA for a TPU wrote their selects to memory
+FUSED = 128  # centroids; of twice as many XLA for a TPU wrote the selects to memory, 25 GB of them
 
 
 class Codebook(Leaf):
@@ -67,16 +67,12 @@ class Codebook(Leaf):
     def materialise(self) -> Array:
         return look_up(self.centroids, self.codes(), self.keep_zeros)
 
-    def chosen(self) -> list[Array]:
-        """Arrays whose sum is the dense value, chosen by selects: half of the centroids by each bit of an index.
+    def chosen(self) -> Array:
+        """The dense value by selects, half of the centroids by each bit of an index.
 
         A TPU looks up slowly and writes down what it finds; selects among at most `FUSED` it fuses into a product.
         """
-        centroids, codes = _zeroed(self.centroids) if self.keep_zeros else self.centroids, self.codes()
-        if centroids.shape[-1] <= FUSED:
-            return [_choose(centroids, codes)]
-        low, high = (_choose(half, codes) for half in (centroids[..., :FUSED], centroids[..., FUSED:]))
-        return [jnp.where(codes < FUSED, low, 0), jnp.where(codes < FUSED, 0, high)]
+        return _choose(_zeroed(self.centroids) if self.keep_zeros else self.centroids, self.codes())
 
     def columns(self) -> list["Codebook"]:
         """Of packed indices the first of each byte, the second of each, ..., each unpacked; or the weight alone."""

@@ -1,7 +1,8 @@
 """What `Codebook` weights do without becoming dense: multiply and convolve tile by tile, look up, and change shape."""
 
 import dataclasses
-from functools import reduce
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._codebook import Codebook, look_up
+from jaxcompress.arrays._codebook import FUSED, Codebook, look_up
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._products import (
     Dims,
@@ -30,17 +31,14 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
         return NotImplemented
     kwargs = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
 
-    def times(x: Array, w: Array) -> Array:
-        return lax.dot_general(x, w, dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
-
-    def product(x: Array, w: Codebook) -> Array:
-        return times(x, w.materialise())
+    def product(x: Array, w: Codebook, decode: Callable[[Codebook], Array] = Codebook.materialise) -> Array:
+        return lax.dot_general(x, decode(w), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
 
     def chosen(x: Array) -> Array:
-        return by_columns(lambda x, w: reduce(jnp.add, [times(x, part) for part in w.chosen()]), x, w, dims)
+        return by_columns(functools.partial(product, decode=Codebook.chosen), x, w, dims)
 
     def whole() -> Array:
-        if kwargs["out_sharding"] is not None:
+        if kwargs["out_sharding"] is not None or w.centroids.shape[-1] > FUSED:
             return product(x, w)
         alone = dims.rows(x) == 1  # for a single row a TPU would write the weight out
         on_tpu = (lambda: doubled(chosen, x, dims)) if alone else lambda: chosen(x)
@@ -59,10 +57,9 @@ def _conv(x: ArrayLike, w: Codebook, **params: Any) -> Array:
         def with_kernel(kernel: Array) -> Array:
             return lax.conv_general_dilated_p.bind(x, kernel, **params)
 
-        def on_tpu() -> Array:
-            return with_kernel(reduce(jnp.add, w.chosen()))
-
-        return lax.platform_dependent(tpu=on_tpu, default=lambda: with_kernel(w.materialise()))
+        if w.centroids.shape[-1] > FUSED:
+            return with_kernel(w.materialise())
+        return lax.platform_dependent(tpu=lambda: with_kernel(w.chosen()), default=lambda: with_kernel(w.materialise()))
 
     return tiled_outputs(convolve, w, numbers.rhs_spec[0], numbers.out_spec[1])
 
