@@ -99,7 +99,7 @@ def moving_average(teacher: Any, student: Any, decay: float, step: int | jax.Arr
 
     def of_leaf(t: jax.Array, s: jax.Array) -> jax.Array:
         t, s = jnp.asarray(t), jnp.asarray(s)
-        if not jnp.issubdtype(t.dtype, jnp.floating):
+        if not jnp.issubdtype(t.dtype, jnp.inexact):
             return s
         wide = jnp.promote_types(t.dtype, jnp.float32)
         return (rate.astype(wide) * t.astype(wide) + (1 - rate).astype(wide) * s.astype(wide)).astype(t.dtype)

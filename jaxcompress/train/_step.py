@@ -84,6 +84,8 @@ class Step:
         grad_norm: bool = False,
     ):
         self._loss_fn = loss_fn
+        if isinstance(tx, optax.MultiSteps):  # hands on what it gets, but optax's wrapper below would drop it
+            tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
         self._tx = optax.with_extra_args_support(tx)
         self._batch_axis = batch_axis
         self._grad_norm = grad_norm
@@ -146,6 +148,7 @@ def _take(
         return loss, (metrics, extras)
 
     (loss, (metrics, extras)), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+    gradient = jax.tree.map(jnp.conj, gradient)  # of a complex leaf JAX gives the conjugate of what descends
     updates, opt_state = tx.update(
         gradient, state.opt_state, trained, value=loss, grad=gradient, value_fn=lambda tree: objective(tree)[0]
     )
