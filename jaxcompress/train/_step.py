@@ -25,6 +25,8 @@ class Context(NamedTuple):
     """This step's own typed key. Split it for several uses."""
     step: jax.Array
     """int32 scalar: the steps taken before this one, for schedules."""
+    opt_state: Any = None
+    """The optimizer's state, where the forward pass asks it: `prune.straight_through(params, context.opt_state)`."""
 
 
 Metrics = Mapping[str, jax.Array]
@@ -141,7 +143,8 @@ def _take(
     loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, state: TrainState, batch: Any, frozen: Any
 ) -> tuple[TrainState, dict[str, jax.Array], Any]:
     trained, fixed = split(state.params)
-    context = Context(state.extras, frozen, jax.random.fold_in(state.key, state.step), state.step)
+    key = jax.random.fold_in(state.key, state.step)
+    context = Context(state.extras, frozen, key, state.step, state.opt_state)
 
     def objective(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         loss, metrics, extras = _checked(loss_fn(eqx.combine(trained, fixed), batch, context))
