@@ -53,6 +53,8 @@ class Checkpoints:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}: a run resumes from the latest checkpoint")
         if best_mode not in ("max", "min"):
             raise ValueError(f"best_mode must be 'max' or 'min', got {best_mode!r}")
+        if "://" in str(directory):  # `Path` would make a local directory of it
+            raise ValueError(f"checkpoints go into a directory of a mounted file system, got the address {directory}")
         self.directory = Path(directory).absolute()
         self.best = best
         keep: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
@@ -150,7 +152,7 @@ class Checkpoints:
         if step is None or step not in there:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {there}")
         read = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        targets = _named(jax.tree.map(_target, state))
+        targets = _named(_targets(state))
         self._compare(step, read.meta, targets, _static(state))
         position = self._position(step, read.data["positions"])
         if release:
@@ -252,9 +254,17 @@ def _describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def _target(x: Any) -> jax.ShapeDtypeStruct:
+def _targets(state: Any) -> Any:
+    """What to restore, and where. An array that was put nowhere (a step, a key) goes where those that were lie."""
+    put = [x.sharding for x in jax.tree.leaves(state) if x.sharding is not None and getattr(x, "committed", True)]
+    home = next((s for s in put if isinstance(s, jax.sharding.SingleDeviceSharding)), None)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+
+    def target(x: Any) -> jax.ShapeDtypeStruct:
+        place = x.sharding if getattr(x, "committed", True) else home or x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or here)
+
+    return jax.tree.map(target, state)
 
 
 def to_json(data: Any) -> str:

@@ -186,6 +186,8 @@ def test_positions_of_another_number_of_processes(tmp_path):
 
 
 def test_options_that_cannot_be_followed(tmp_path):
+    with pytest.raises(ValueError, match="mounted file system, got the address gs://bucket/run"):
+        train.Checkpoints("gs://bucket/run")
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         train.Checkpoints(tmp_path, keep_last=0)
     with pytest.raises(ValueError, match="best_mode"):
@@ -220,3 +222,16 @@ def test_leaves_restored_lie_where_the_given_ones_do(tmp_path):
     assert_same(there, state)
     assert_same(here, state)
     np.testing.assert_array_equal(there.opt_state[0].mu["w"], 0)
+
+
+def test_a_run_on_another_device_than_the_first_resumes_there(tmp_path):
+    """Step and key, which nobody put anywhere, follow the parameters, as in the run's first call."""
+    tx, device = optax.adam(0.1), jax.devices()[3]
+    step = train.make_step(lambda p, b, c: (jnp.sum(p["w"] ** 2), {}, c.extras), tx)
+    with train.Checkpoints(tmp_path) as checkpoints:
+        state, _ = step(make(tx, jax.device_put({"w": jnp.ones(3)}, device)), None)
+        checkpoints.save(state)
+        restored, _ = checkpoints.restore(make(tx, jax.device_put({"w": jnp.ones(3)}, device)))
+    assert_same(restored, state)
+    assert {device for x in jax.tree.leaves(restored) for device in x.devices()} == {device}
+    step(restored, None)
