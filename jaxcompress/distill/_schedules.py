@@ -76,8 +76,8 @@ def moving_average(teacher: Any, student: Any, decay: float, step: int | jax.Arr
     """The teacher's parameters moved towards the student's: `decay * teacher + (1 - decay) * student`.
 
     Tarvainen and Valpola, "Mean teachers are better role models", 2017: the network teaches itself by the average of
-    its past. Leaves that are not floating (counters), and 8-bit floats, which are codes, are the student's. Sums are made
-    in float32, and each leaf keeps the teacher's dtype; keep the teacher in float32, since a half-precision average stops
+    its past. Leaves that are not floating (counters), or 8-bit floats (codes), are the student's. Sums are made in
+    float32, and each leaf keeps the teacher's dtype; keep the teacher in float32, since a half-precision average stops
     moving when its steps fall below its rounding.
 
     Args:

@@ -100,7 +100,8 @@ class Step:
         """Takes the step. `state` is donated; `frozen` lies on the state's mesh, the batch may come from the host.
 
         Raises:
-          ValueError: state and `frozen` do not lie on one mesh; the loss's results are not what a step can use.
+          ValueError: state and `frozen` do not lie on one mesh, or share an array; the loss's results are not what a
+            step can use.
         """
         # the state that the last call returned lies where that call put it: no need to look at every leaf again
         if self._current is None or state is not self._last_state() or frozen is not self._last_frozen:
@@ -215,12 +216,18 @@ def _common_mesh(state: TrainState, frozen: Any) -> Mesh | None:
     """The mesh on which everything lies, or `None` for a single device.
 
     Raises:
-      ValueError: something lies elsewhere: it would be copied there anew in every step.
+      ValueError: something lies elsewhere: it would be copied there anew in every step; something is in both.
     """
     leaves = [(path_name(path), x, True) for path, x in jax.tree_util.tree_leaves_with_path(state)]
     places = [getattr(x, "sharding", None) for _, x, _ in leaves]
     mesh = next((s.mesh for s in places if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+    own = {id(x) for _, x, _ in leaves if isinstance(x, jax.Array)}
     for path, x in jax.tree_util.tree_leaves_with_path(frozen):
+        if id(x) in own:
+            raise ValueError(
+                f"frozen/{path_name(path)} is an array of the state, which the step donates: hand in a copy, "
+                f"jax.tree.map(jnp.copy, ...)"
+            )
         leaves.append((f"frozen/{path_name(path)}", x, jnp.ndim(x) > 0))  # a scalar is soon copied
     for name, x, must in leaves:
         if mesh is None and isinstance(getattr(x, "sharding", None), NamedSharding):

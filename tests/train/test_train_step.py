@@ -453,6 +453,8 @@ def test_what_lies_elsewhere_is_refused():
         step(placed, next(batches()), teacher_variables())
     with pytest.raises(ValueError, match="lies on a mesh, but the state does not"):
         step(state, next(batches()), train.shard(teacher_variables(), mesh))
+    with pytest.raises(ValueError, match=r"frozen/a/.* is an array of the state, .*: hand in a copy"):
+        step(state, next(batches()), {"a": state.params})  # its own past as the teacher
     mixed = dataclasses.replace(placed, key=jax.random.key(0))
     with pytest.raises(ValueError, match="key does not lie on the state's mesh"):
         step(mixed, next(batches()))
