@@ -76,9 +76,9 @@ def moving_average(teacher: Any, student: Any, decay: float, step: int | jax.Arr
     """The teacher's parameters moved towards the student's: `decay * teacher + (1 - decay) * student`.
 
     Tarvainen and Valpola, "Mean teachers are better role models", 2017: the network teaches itself by the average of
-    its past. Leaves that are not floating (counters) are the student's. Sums are made in float32, and each leaf keeps
-    the teacher's dtype; keep the teacher in float32, since a half-precision average stops moving when its steps fall
-    below its rounding.
+    its past. Leaves that are not floating (counters), or 8-bit floats (codes), are the student's. Sums are made in
+    float32, and each leaf keeps the teacher's dtype; keep the teacher in float32, since a half-precision average stops
+    moving when its steps fall below its rounding.
 
     Args:
       teacher: a parameter tree.
@@ -99,7 +99,7 @@ def moving_average(teacher: Any, student: Any, decay: float, step: int | jax.Arr
 
     def of_leaf(t: jax.Array, s: jax.Array) -> jax.Array:
         t, s = jnp.asarray(t), jnp.asarray(s)
-        if not jnp.issubdtype(t.dtype, jnp.floating):
+        if not jnp.issubdtype(t.dtype, jnp.inexact) or t.dtype.itemsize == 1:
             return s
         wide = jnp.promote_types(t.dtype, jnp.float32)
         return (rate.astype(wide) * t.astype(wide) + (1 - rate).astype(wide) * s.astype(wide)).astype(t.dtype)

@@ -82,7 +82,7 @@ def spare_best(pruned: jax.Array, scored: Callable[[], jax.Array]) -> jax.Array:
             (i * jnp.uint32(n) for i, n in zip(lines, strides, strict=True)), jnp.zeros(scores.shape, jnp.uint32)
         )
         best = jnp.min(jnp.where(scores == jnp.max(scores), index, jnp.uint32(0xFFFFFFFF)))
-        return index != best
+        return pruned & (index != best)  # all are pruned here: for the sharding, which `index` has not
 
     return lax.cond(jnp.all(pruned), spared, lambda: pruned)
 

@@ -54,7 +54,8 @@ def sparsify(
         `taylor`, `empirical_fisher`) needs `around`.
       hold: False leaves the updates alone, so that pruned weights go on moving: for `straight_through`.
       packed: store masks as a bit a weight where the last axis is made of whole bytes (of each device's part, if the
-        sharding is known); False stores a boolean a weight.
+        sharding is known); False stores a boolean a weight. A checkpoint holds masks as they are stored: to resume on
+        another mesh, create the state before it is sharded, or take False.
       allow_empty: whether every weight of a layer may go. Otherwise a sparsity that would (a rounded 0.99 of 10
         weights) is refused, and thresholds and common rankings leave each layer its best weight.
 

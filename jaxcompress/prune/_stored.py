@@ -28,8 +28,8 @@ def stored_beside(weight: jax.Array, mask: jax.Array, packed: bool) -> jax.Array
 
 
 def stored(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """A boolean mask, stored as `like` is."""
-    return mask if like.dtype == bool else pack_bits(mask)
+    """A boolean mask, stored as `like` is, and sharded so: on explicit axes one spread from its blocks is not."""
+    return (mask if like.dtype == bool else pack_bits(mask)) | jnp.zeros_like(like)
 
 
 def booleans(kept: jax.Array) -> jax.Array:

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress import distill
+from jaxcompress.arrays import is_leaf
 from jaxcompress.paths import named_leaves
 from jaxcompress.targets._header import Header, compare, read_header, write_header
 from jaxcompress.targets._parts import KEYS, Index, PartWriter, open_part, read_records
@@ -18,8 +20,14 @@ from jaxcompress.targets._records import decoded_logits, encode
 
 
 def fingerprint(tree: Any) -> str:
-    """The SHA-256 of a teacher's variables: names, dtypes, shapes and every byte, wherever they lie."""
+    """The SHA-256 of a teacher's variables: names, dtypes, shapes and every byte, wherever they lie.
+
+    Of a compressed weight also what says how its arrays are read, such as the bits that its inputs are rounded to.
+    """
     digest = hashlib.sha256()
+    for name, leaf in named_leaves(tree, is_leaf):
+        if is_leaf(leaf):
+            digest.update(f"{name} {type(leaf).__name__} {sorted(leaf.fields()[1].items())}\n".encode())
     for name, leaf in sorted(named_leaves(tree), key=lambda pair: pair[0]):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
@@ -104,7 +112,7 @@ def build(
 
 
 class TargetCache:
-    """Kept targets, read by key. `len(cache)` is their number.
+    """Kept targets, read by key. `len(cache)` is their number. A copy for another process opens the files anew.
 
     Args:
       directory: where `build` put them.
@@ -130,6 +138,10 @@ class TargetCache:
             places.append(np.stack([np.full(len(own), i), np.arange(len(own))], axis=1))
         self._places = np.concatenate(places)
         self._index = Index(np.concatenate(keys))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        opened_anew = functools.partial(TargetCache, teacher=self.header.teacher, data=self.header.data)
+        return opened_anew, (self.directory.absolute(),)
 
     def __len__(self) -> int:
         return len(self._places)

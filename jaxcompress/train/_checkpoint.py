@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jaxcompress.arrays import is_leaf
 from jaxcompress.train._state import TrainState
 
 _FORMAT = 1
@@ -51,12 +53,18 @@ class Checkpoints:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}: a run resumes from the latest checkpoint")
         if best_mode not in ("max", "min"):
             raise ValueError(f"best_mode must be 'max' or 'min', got {best_mode!r}")
+        if "://" in str(directory):  # `Path` would make a local directory of it
+            raise ValueError(f"checkpoints go into a directory of a mounted file system, got the address {directory}")
         self.directory = Path(directory).absolute()
         self.best = best
         keep: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
         ranking: dict[str, Any] = {}
         if best is not None:
-            rank = lambda metrics: metrics[best]  # noqa: E731
+            worst = -math.inf if best_mode == "max" else math.inf
+
+            def rank(metrics: Mapping[str, float]) -> float:
+                return worst if math.isnan(metrics[best]) else metrics[best]  # NaN has no place in an order
+
             keep.append(
                 ocp.checkpoint_managers.BestN(
                     get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False
@@ -111,7 +119,8 @@ class Checkpoints:
             )
         positions = _gather(to_json(data))
         leaves = _named(state)
-        meta = {"format": _FORMAT, "leaves": {name: _describe(leaf) for name, leaf in leaves.items()}}
+        described = {name: _describe(leaf) for name, leaf in leaves.items()}
+        meta = {"format": _FORMAT, "leaves": described, "static": _static(state)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -143,8 +152,8 @@ class Checkpoints:
         if step is None or step not in there:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {there}")
         read = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        targets = _named(jax.tree.map(_target, state))
-        self._compare(step, read.meta, targets)
+        targets = _named(_targets(state))
+        self._compare(step, read.meta, targets, _static(state))
         position = self._position(step, read.data["positions"])
         if release:
             jax.tree.map(lambda x: x.delete(), state)
@@ -179,11 +188,13 @@ class Checkpoints:
                 f"checkpoint {step} in {self.directory} cannot be read: it is damaged, or not of this package ({error})"
             ) from error
 
-    def _compare(self, step: int, meta: Any, targets: Mapping[str, Any]) -> None:
+    def _compare(self, step: int, meta: Any, targets: Mapping[str, Any], static: Mapping[str, str]) -> None:
         where = f"checkpoint {step} in {self.directory}"
         if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
             raise CheckpointMismatchError(f"{where} was not written by this version of jaxcompress.train")
-        there, here = meta["leaves"], {name: _describe(x) for name, x in targets.items()}
+        there, here = dict(meta["leaves"]), {name: _describe(x) for name, x in targets.items()}
+        for name in static.keys() & meta.get("static", {}).keys():  # those that both know
+            there[name], here[name] = meta["static"][name], static[name]
         differing = [name for name in [*here, *(there.keys() - here.keys())] if there.get(name) != here.get(name)]
         if differing:
             differing.sort(key=lambda name: (not name.startswith("params"), name))  # the rest follows from them
@@ -229,13 +240,31 @@ def _named(state: Any) -> dict[str, Any]:
     return leaves
 
 
+def _static(state: Any) -> dict[str, str]:
+    """What says how each compressed leaf's arrays are read, by the leaf's path and the field's name."""
+    found: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf):
+        if is_leaf(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found |= {f"{name}/{field}": repr(value) for field, value in leaf.fields()[1].items()}
+    return found
+
+
 def _describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def _target(x: Any) -> jax.ShapeDtypeStruct:
+def _targets(state: Any) -> Any:
+    """What to restore, and where. An array that was put nowhere (a step, a key) goes where those that were lie."""
+    put = [x.sharding for x in jax.tree.leaves(state) if x.sharding is not None and getattr(x, "committed", True)]
+    home = next((s for s in put if isinstance(s, jax.sharding.SingleDeviceSharding)), None)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here)
+
+    def target(x: Any) -> jax.ShapeDtypeStruct:
+        place = x.sharding if getattr(x, "committed", True) else home or x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or here)
+
+    return jax.tree.map(target, state)
 
 
 def to_json(data: Any) -> str:

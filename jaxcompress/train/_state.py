@@ -21,8 +21,9 @@ class TrainState:
     step: jax.Array
     """int32 scalar: how many steps have been taken."""
     params: Any
-    """The tree that is trained. Its floating-point leaves get gradients; others (the integers of a compressed weight)
-    stay as they are. What trains along with a student, such as a hint's regressor, stands in the same tree."""
+    """The tree that is trained. Its floating-point leaves get gradients; others (the integers or 8-bit floats of a
+    compressed weight) stay as they are. What trains along with a student, such as a hint's regressor, stands in the
+    same tree."""
     opt_state: Any
     """The optimizer's state, for the floating-point leaves of `params`."""
     extras: Any
@@ -43,7 +44,7 @@ class TrainState:
           extras: mutable collections, such as Linen's `{"batch_stats": ...}`; `{}` by default.
 
         Raises:
-          ValueError: `params` has no floating-point leaf.
+          ValueError: `params` has no floating-point leaf to train.
           TypeError: `key` is not one typed key.
         """
         dtype = getattr(key, "dtype", None)
@@ -66,7 +67,12 @@ class TrainState:
 
 def split(params: Any) -> tuple[Any, Any]:
     """(the leaves that get gradients, the others), each with `None` where the other has a leaf."""
-    return eqx.partition(params, eqx.is_inexact_array)
+    return eqx.partition(params, _is_trained)
+
+
+def _is_trained(x: Any) -> bool:
+    # an 8-bit float is a code, as an integer is: an optimizer's moments underflow in it, and its updates become NaN
+    return eqx.is_inexact_array(x) and x.dtype.itemsize > 1
 
 
 def owned(x: Any) -> jax.Array:

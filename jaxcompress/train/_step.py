@@ -25,6 +25,8 @@ class Context(NamedTuple):
     """This step's own typed key. Split it for several uses."""
     step: jax.Array
     """int32 scalar: the steps taken before this one, for schedules."""
+    opt_state: Any = None
+    """The optimizer's state, where the forward pass asks it: `prune.straight_through(params, context.opt_state)`."""
 
 
 Metrics = Mapping[str, jax.Array]
@@ -84,6 +86,8 @@ class Step:
         grad_norm: bool = False,
     ):
         self._loss_fn = loss_fn
+        if isinstance(tx, optax.MultiSteps):  # hands on what it gets, but optax's wrapper below would drop it
+            tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
         self._tx = optax.with_extra_args_support(tx)
         self._batch_axis = batch_axis
         self._grad_norm = grad_norm
@@ -96,7 +100,8 @@ class Step:
         """Takes the step. `state` is donated; `frozen` lies on the state's mesh, the batch may come from the host.
 
         Raises:
-          ValueError: state and `frozen` do not lie on one mesh; the loss's results are not what a step can use.
+          ValueError: state and `frozen` do not lie on one mesh, or share an array; the loss's results are not what a
+            step can use.
         """
         # the state that the last call returned lies where that call put it: no need to look at every leaf again
         if self._current is None or state is not self._last_state() or frozen is not self._last_frozen:
@@ -139,13 +144,15 @@ def _take(
     loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, state: TrainState, batch: Any, frozen: Any
 ) -> tuple[TrainState, dict[str, jax.Array], Any]:
     trained, fixed = split(state.params)
-    context = Context(state.extras, frozen, jax.random.fold_in(state.key, state.step), state.step)
+    key = jax.random.fold_in(state.key, state.step)
+    context = Context(state.extras, frozen, key, state.step, state.opt_state)
 
     def objective(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         loss, metrics, extras = _checked(loss_fn(eqx.combine(trained, fixed), batch, context))
         return loss, (metrics, extras)
 
     (loss, (metrics, extras)), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+    gradient = jax.tree.map(jnp.conj, gradient)  # of a complex leaf JAX gives the conjugate of what descends
     updates, opt_state = tx.update(
         gradient, state.opt_state, trained, value=loss, grad=gradient, value_fn=lambda tree: objective(tree)[0]
     )
@@ -209,12 +216,18 @@ def _common_mesh(state: TrainState, frozen: Any) -> Mesh | None:
     """The mesh on which everything lies, or `None` for a single device.
 
     Raises:
-      ValueError: something lies elsewhere: it would be copied there anew in every step.
+      ValueError: something lies elsewhere: it would be copied there anew in every step; something is in both.
     """
     leaves = [(path_name(path), x, True) for path, x in jax.tree_util.tree_leaves_with_path(state)]
     places = [getattr(x, "sharding", None) for _, x, _ in leaves]
     mesh = next((s.mesh for s in places if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+    own = {id(x) for _, x, _ in leaves if isinstance(x, jax.Array)}
     for path, x in jax.tree_util.tree_leaves_with_path(frozen):
+        if id(x) in own:
+            raise ValueError(
+                f"frozen/{path_name(path)} is an array of the state, which the step donates: hand in a copy, "
+                f"jax.tree.map(jnp.copy, ...)"
+            )
         leaves.append((f"frozen/{path_name(path)}", x, jnp.ndim(x) > 0))  # a scalar is soon copied
     for name, x, must in leaves:
         if mesh is None and isinstance(getattr(x, "sharding", None), NamedSharding):

@@ -73,6 +73,9 @@ def test_moving_average_starts_as_the_plain_mean(rng):
 
 def test_moving_average_keeps_dtype_and_is_steadier_than_the_student(rng):
     assert distill.moving_average(jnp.zeros(2, "bfloat16"), jnp.ones(2), 0.5).dtype == jnp.bfloat16
+    assert distill.moving_average(jnp.complex64(1), jnp.complex64(3j), 0.5) == 0.5 + 1.5j
+    codes = jnp.ones(2, "float8_e4m3fn")  # of a compressed weight
+    assert distill.moving_average(codes, 2 * codes, 0.5).tolist() == [2, 2]
     noisy = 1 + rng.normal(size=(400, 1)).astype("float32")
     teacher, seen = jnp.ones(1), []
     for w in noisy:

@@ -8,7 +8,7 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxcompress import compressed, distill, nbytes, prune, quantize
+from jaxcompress import compressed, distill, nbytes, prune, quantize, train
 
 
 @pytest.mark.parametrize("kind", [pytest.param("chain", marks=pytest.mark.slow), "around"])
@@ -52,3 +52,27 @@ def test_one_step_of_all_three(kind: str) -> None:
         leaf = small["params"][name.split("/")[0]]["kernel"]
         assert not np.asarray(leaf.codes())[~np.asarray(mask)].any()
     assert float((logits.argmax(-1) == labels).mean()) > 0.9 and nbytes(small) < nbytes(params) / 3.3
+
+
+def test_straight_through_in_a_training_step() -> None:
+    """The masks that the step's own optimizer holds, whether stored as bits (16 columns) or as booleans (10)."""
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=(4, 16)), jnp.float32), "b": jnp.asarray(rng.normal(size=(16, 10)))}
+    params["b"], x = params["b"].astype(jnp.float32), jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    tx = optax.chain(optax.sgd(1e-2), prune.sparsify({"": 0.5}, prune.one_shot(), hold=False))
+
+    def value(params, state):
+        sparse = prune.straight_through(params, state)
+        return jnp.mean((x @ sparse["a"] @ sparse["b"] - 1) ** 2)
+
+    state = train.TrainState.create(params, tx, key=jax.random.key(0))
+    step = train.make_step(lambda p, batch, context: (value(p, context.opt_state), {}, context.extras), tx)
+    opt_state = tx.init(params)
+    for _ in range(3):
+        state, _ = step(state, None)
+        updates, opt_state = tx.update(jax.grad(value)(params, opt_state), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    for name, mask in prune.masks(opt_state).items():
+        np.testing.assert_array_equal(mask, prune.masks(state.opt_state)[name])
+        np.testing.assert_allclose(state.params[name], params[name], atol=1e-6)
+        assert prune.sparsity(mask)[""] == 0.5 and prune.sparsity(params[name])[""] == 0

@@ -51,6 +51,32 @@ def test_eight_devices_as_one(kind: AxisType, jit_init: bool) -> None:
     assert len({bytes(np.asarray(m)) for m in prune.masks(one).values()}) == 4
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        prune.Unstructured(0.7, scope="all"),
+        prune.Below(50.0),
+        prune.Blocks(0.5, (None, 1)),
+        prune.Blocks(0.5, (1, None)),
+    ],
+    ids=["scope", "below", "columns", "rows"],
+)
+def test_masks_on_explicit_axes_are_sharded_as_their_weights(pattern: prune.Pattern) -> None:
+    """Also those that spare a layer's best weight, and those that are spread from whole blocks."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    alone = {"w": jax.random.normal(jax.random.key(0), (8, 16)), "v": jax.random.normal(jax.random.key(1), (8, 6))}
+    sharded = jax.device_put(alone, NamedSharding(mesh, P("a", "b")))
+    tx = prune.sparsify({"": pattern}, prune.one_shot())
+
+    def masks(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return prune.masks(jax.jit(tx.update)(params, tx.init(params), params)[1])
+
+    want = masks(alone)
+    for name, mask in masks(sharded).items():
+        assert mask.sharding.is_equivalent_to(sharded[name].sharding, 2), name
+        np.testing.assert_array_equal(mask, want[name])
+
+
 def collectives(text: str) -> list[tuple[str, int]]:
     """(operation, elements) of every collective in compiled HLO."""
     found = re.findall(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxcompress import distill, targets, train
+from jaxcompress import distill, quantize, targets, train
 
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES, LABELS = (IMAGES[:512] / 16).astype(np.float32), LABELS[:512].astype(np.int32)
@@ -289,6 +290,23 @@ def test_a_cache_of_others_is_refused(tmp_path):
             targets.build(tmp_path, predict, one, teacher=mark, data="digits", **other)
     with pytest.raises(FileNotFoundError, match=r"make them with targets.build"):
         targets.TargetCache(tmp_path / "elsewhere", teacher=mark, data="digits")
+
+
+def test_a_teacher_whose_inputs_are_rounded_is_another():
+    marks = [
+        targets.fingerprint(quantize.convert(teacher(), {"0/kernel": quantize.Affine(8, activation_bits=bits)}))
+        for bits in (None, 4, 8)
+    ]
+    assert len(set(marks)) == 3
+
+
+def test_a_cache_goes_to_another_process(tmp_path, rng, monkeypatch):
+    """As grain's workers get it, whose current directory may be another."""
+    logits = rng.normal(size=(4, 5)).astype(np.float32)
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(targets.build("kept", lambda x: x, [(np.arange(4), 0, logits)], teacher="t", data="d"))
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(pickle.loads(sent).logits(np.arange(4)), logits)
 
 
 def test_damage_and_bad_input(tmp_path, rng):

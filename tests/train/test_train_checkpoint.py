@@ -94,6 +94,15 @@ def test_the_best_may_be_the_smallest(tmp_path):
         assert (checkpoints.all_steps(), checkpoints.best_step()) == ([2, 4], 2)
 
 
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_an_evaluation_that_is_nan_is_never_the_best(mode, tmp_path):
+    with train.Checkpoints(tmp_path, keep_last=1, best="m", best_mode=mode) as checkpoints:
+        for step, value in enumerate([0.5, 0.9 if mode == "max" else 0.1, jnp.nan, 0.3, jnp.nan], start=1):
+            checkpoints.save(make(step=step), metrics={"m": float(value)})
+        checkpoints.wait()
+        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([2, 5], 2)
+
+
 W = {"w": jnp.ones((2, 3))}
 
 
@@ -121,6 +130,19 @@ def test_another_models_checkpoint_is_refused(other, message, tmp_path):
         with pytest.raises(train.CheckpointMismatchError, match=message):
             checkpoints.restore(other, release=True)
     assert not any(x.is_deleted() for x in jax.tree.leaves(other))
+
+
+def test_codes_of_another_grid_are_refused(tmp_path):
+    """Arrays of one shape and dtype, which stand for other numbers."""
+    codes, scale = jnp.arange(-4, 4, dtype=jnp.int8).reshape(2, 4), jnp.ones((1, 4))
+    grid = make(params={"w": Quantized.from_codes(codes, scale, bits=4)})
+    table = make(params={"w": dataclasses.replace(grid.params["w"], levels=tuple(float(i**2) for i in range(16)))})
+    with train.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(grid)
+        with pytest.raises(train.CheckpointMismatchError, match=r"params/w/levels is None there and \(0.0, 1.0"):
+            checkpoints.restore(table)
+        marked = make(params={"w": dataclasses.replace(grid.params["w"], strict=True)})
+        assert_same(checkpoints.restore(marked)[0], grid)
 
 
 def test_a_directory_without_the_checkpoint(tmp_path):
@@ -164,6 +186,8 @@ def test_positions_of_another_number_of_processes(tmp_path):
 
 
 def test_options_that_cannot_be_followed(tmp_path):
+    with pytest.raises(ValueError, match="mounted file system, got the address gs://bucket/run"):
+        train.Checkpoints("gs://bucket/run")
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         train.Checkpoints(tmp_path, keep_last=0)
     with pytest.raises(ValueError, match="best_mode"):
@@ -198,3 +222,16 @@ def test_leaves_restored_lie_where_the_given_ones_do(tmp_path):
     assert_same(there, state)
     assert_same(here, state)
     np.testing.assert_array_equal(there.opt_state[0].mu["w"], 0)
+
+
+def test_a_run_on_another_device_than_the_first_resumes_there(tmp_path):
+    """Step and key, which nobody put anywhere, follow the parameters, as in the run's first call."""
+    tx, device = optax.adam(0.1), jax.devices()[3]
+    step = train.make_step(lambda p, b, c: (jnp.sum(p["w"] ** 2), {}, c.extras), tx)
+    with train.Checkpoints(tmp_path) as checkpoints:
+        state, _ = step(make(tx, jax.device_put({"w": jnp.ones(3)}, device)), None)
+        checkpoints.save(state)
+        restored, _ = checkpoints.restore(make(tx, jax.device_put({"w": jnp.ones(3)}, device)))
+    assert_same(restored, state)
+    assert {device for x in jax.tree.leaves(restored) for device in x.devices()} == {device}
+    step(restored, None)

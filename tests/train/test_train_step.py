@@ -21,7 +21,7 @@ from train_toys import (
     teacher_variables,
 )
 
-from jaxcompress import train
+from jaxcompress import quantize, train
 from jaxcompress.arrays import Quantized, compressed
 
 MODEL_RULES = [("Dense_0/kernel", P(None, "model")), ("Dense_1/kernel", P("model", None)), ("Conv", P("model"))]
@@ -212,6 +212,26 @@ def test_transformations_that_ask_for_the_loss_get_it():
     np.testing.assert_allclose(state.params, 2, atol=1e-4)
 
 
+def test_the_loss_reaches_what_multisteps_wraps():
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, accumulation_size=1)
+    tx = optax.MultiSteps(optax.chain(optax.sgd(1.0), plateau), 2)
+    state = train.TrainState.create(jnp.ones(2), tx, key=jax.random.key(0))
+    step = train.make_step(lambda p, b, c: (jnp.sum(p * 0) + 1, {}, c.extras), tx)
+    for _ in range(6):
+        state, _ = step(state, None)
+    assert float(optax.tree.get(state.opt_state, "scale")) < 1
+
+
+def test_complex_parameters_descend():
+    """JAX's derivative by a complex number is the conjugate of the direction of ascent."""
+    tx, goal = optax.sgd(0.1), jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
+    state = train.TrainState.create(jnp.zeros(2, jnp.complex64), tx, key=jax.random.key(0))
+    step = train.make_step(lambda p, b, c: (jnp.sum(jnp.abs(p - goal) ** 2), {}, c.extras), tx)
+    for _ in range(60):
+        state, _ = step(state, None)
+    np.testing.assert_allclose(state.params, goal, atol=1e-4)
+
+
 def test_grad_norm_is_the_gradients_norm_in_float32():
     tx = optax.sgd(0.0)
     params = {"a": jnp.full(1000, 3.0, jnp.bfloat16), "b": jnp.full(4, 2.0)}
@@ -249,6 +269,26 @@ def test_integers_of_a_compressed_weight_stay_and_its_scales_train():
     assert losses[-1] < losses[0] / 2
     np.testing.assert_array_equal(state.params["kernel"].values, codes)
     assert not np.allclose(state.params["kernel"].scale, 0.01)
+
+
+@pytest.mark.parametrize("scheme", [quantize.Floats(), quantize.MX("int8")], ids=["values", "scales"])
+def test_eight_bit_floats_of_a_compressed_weight_stay(scheme):
+    """Adam's moments underflow in 8 bits, and what it divided by them was NaN."""
+    weight = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    params = quantize.convert({"kernel": weight, "bias": jnp.zeros(4)}, {"kernel": scheme})
+    tx = optax.adam(1e-4)
+
+    def loss(params, batch, context):
+        return jnp.mean(compressed(lambda p: jnp.ones((8, 32)) @ p["kernel"] + p["bias"])(params) ** 2), {}, {}
+
+    before = flat(params)
+    state, step = train.TrainState.create(params, tx, key=jax.random.key(0)), train.make_step(loss, tx)
+    for _ in range(20):
+        state, metrics = step(state, None)
+    assert np.isfinite(metrics["loss"])
+    after = flat(state.params)
+    for name in before:
+        assert np.array_equal(before[name], after[name]) == (before[name].dtype.itemsize == 1)
 
 
 class NnxStudent(nnx.Module):
@@ -413,6 +453,8 @@ def test_what_lies_elsewhere_is_refused():
         step(placed, next(batches()), teacher_variables())
     with pytest.raises(ValueError, match="lies on a mesh, but the state does not"):
         step(state, next(batches()), train.shard(teacher_variables(), mesh))
+    with pytest.raises(ValueError, match=r"frozen/a/.* is an array of the state, .*: hand in a copy"):
+        step(state, next(batches()), {"a": state.params})  # its own past as the teacher
     mixed = dataclasses.replace(placed, key=jax.random.key(0))
     with pytest.raises(ValueError, match="key does not lie on the state's mesh"):
         step(mixed, next(batches()))
