@@ -29,9 +29,10 @@ def functional(module: nnx.Module) -> tuple[Callable[..., tuple[Any, Any]], Any,
 
     Returns:
       `apply(params, rest, *args, **kwargs) -> (out, rest)`; the parameters, as nested dicts of arrays; and all other
-      state (batch statistics, random streams), as nested dicts too. `apply` leaves `module` as it is.
+      state (batch statistics, random streams), as nested dicts too. `apply` leaves `module` as it is. What a module
+      sows is in neither, so that `rest` has one structure in all calls: `capture` gives intermediate values out.
     """
-    _, params, rest = _split(module)
+    _, params, rest = _split(_without_sown(module))
     return _pure(module, lambda model: None), nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
@@ -57,12 +58,12 @@ def capture(module: nnx.Module, patterns: str | Sequence[str]) -> Callable[..., 
 
 
 def _pure(module: nnx.Module, prepare: Callable[[Any], None]) -> Callable[..., tuple[Any, Any]]:
-    graph, params, rest = _split(module)
+    graph, params, rest = _split(_without_sown(module))
 
     def apply(pure_params: Any, pure_rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = nnx.merge(graph, _filled(params, pure_params), _filled(rest, pure_rest))
         prepare(model)
-        out = model(*args, **kwargs)
+        out = nnx.capture(model)(*args, **kwargs)  # of no type: what is sown meanwhile is not kept
         return out, nnx.to_pure_dict(_split(model)[2])
 
     return apply
@@ -101,6 +102,13 @@ def _named(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
     parts: Any = nnx.split(module, nnx.Param, ...)  # graph, parameters, all other state
     return parts
+
+
+def _without_sown(module: nnx.Module) -> Any:
+    """A copy, of the same arrays, without what earlier calls have sown."""
+    model = nnx.merge(*nnx.split(module))
+    nnx.pop(model, nnx.Intermediate)
+    return model
 
 
 def _filled(state: Any, pure: Any) -> Any:

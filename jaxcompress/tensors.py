@@ -34,7 +34,9 @@ from jaxcompress.paths import named_leaves
 
 _KEY, _PATHS = "quantization_config", "jaxcompress_paths"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
-_DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"} | {
+_DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"}
+_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_DTYPES |= {
     f"{kind}{bits}": f"{name}{bits}"
     for kind, name, sizes in (
         ("F", "float", (16, 32, 64)),
@@ -75,7 +77,7 @@ def save(path: str | os.PathLike[str], params: Any) -> dict[str, Any]:
             groups.setdefault(json.dumps(scheme, sort_keys=True), []).append(module)
             read_as = f"{module}.kernel"
         else:
-            parts = {read_as: np.asarray(leaf)}
+            parts = {read_as: _array(name, leaf)}
         for part in {*parts, read_as}:
             if owners.setdefault(part, name) != name:
                 raise ValueError(f"{name!r} and {owners[part]!r} would both be {part!r} in the file: rename one")
@@ -108,7 +110,8 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
       config: the `quantization_config` from a model's `config.json`; not needed where the file's metadata has it.
 
     Returns:
-      Nested dicts, with `Quantized` kernels, `[inputs, outputs]`.
+      Nested dicts of JAX arrays, so without `jax_enable_x64` of at most 32 bits; with `Quantized` kernels, `[inputs,
+      outputs]`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -135,6 +138,13 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
     for name, array in tensors.items():
         _put(tree, steps(name), jnp.asarray(array))
     return tree
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if dtype.name not in _DTYPES.values():
+        raise TypeError(f"{name!r}: a safetensors file has no place for {dtype.name}; save it with jaxcompress.pack")
+    return np.asarray(leaf)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:

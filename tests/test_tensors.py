@@ -84,6 +84,20 @@ def test_small_floats(axes, tmp_path, rng):
         np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32))
 
 
+def test_arrays_of_every_dtype_come_back_or_are_refused_by_their_path(tmp_path):
+    path = tmp_path / "model.safetensors"
+    kept = ["bool", "int8", "uint16", "int32", "float16", "bfloat16", "float8_e5m2", "complex64"]
+    tree = {dtype: jnp.asarray([[1, 0, 1]]).astype(dtype) for dtype in kept}
+    tensors.save(path, tree)
+    back = tensors.load(path)
+    for dtype in kept:
+        assert back[dtype].dtype == dtype
+        np.testing.assert_array_equal(back[dtype], tree[dtype])
+    for leaf in (jnp.ones(3, jnp.int4), jnp.ones(3, jnp.float8_e4m3fnuz), jax.random.key(0), np.asarray("text")):
+        with pytest.raises(TypeError, match="'a/b'"):
+            tensors.save(path, {"a": {"b": leaf}})
+
+
 @pytest.mark.parametrize("targets", [["Linear"], ["re:model[.]"]])
 def test_files_of_other_programs(targets, tmp_path, rng):
     """As llm-compressor writes them: classes or patterns for targets, scales in bfloat16, fields left out."""

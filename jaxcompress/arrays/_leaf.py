@@ -62,7 +62,8 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
     which slice the children without telling the leaf:
 
     * `shape` follows from the children's shapes; static fields count axes from the end;
-    * every child carries the leading (stacked) axes in full.
+    * every child carries the leading (stacked) axes in full; what all layers share (a scale of length 1 there) `scan`
+      is given once for each, by `unshared`.
 
     To add a leaf: subclass, give `aval` and `materialise`, `register` the dispatch rules that beat the dense value, and
     it can be jitted, sharded, checkpointed, packed, exported, counted and reported. A whole one, of square blocks:
@@ -118,6 +119,14 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
     def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """Where no rule applies: the dense value, or an error if the leaf is strict."""
         return _meet_dense(primitive, values, params)
+
+    def unshared(self, length: int) -> Any:
+        """What stands for the leaf where `scan` slices it in `length` steps: each gets a copy of what they share."""
+
+        def spread(child: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(child, (length, *child.shape[1:])) if child.shape[:1] == (1,) else child
+
+        return jax.tree.map(spread, self)
 
     def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The leaf taken apart: (children by name, absent ones left out; static fields by name)."""

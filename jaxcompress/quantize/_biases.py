@@ -33,7 +33,7 @@ def correct_biases(fn: Callable[[Any, Any], Any], params: Any, small: Any, batch
       `small`; what has no bias of its own stays as it is.
 
     Raises:
-      ValueError: no compressed weight has a bias of its own; no batches.
+      ValueError: no compressed weight has a bias of its own, or it is compressed too; no batches.
     """
     leaves, tree = dict(named_leaves(params, is_leaf)), jax.tree.structure(small, is_leaf=is_leaf)
     found = dict(named_leaves(small, is_leaf))
@@ -49,6 +49,10 @@ def correct_biases(fn: Callable[[Any, Any], Any], params: Any, small: Any, batch
     }
     if not behind:
         raise ValueError("no compressed weight has a bias (or a norm's shift) of its own behind it")
+    for chain in behind.values():
+        bias = next(iter(chain.after or chain.before))
+        if is_leaf(found[bias]):
+            raise ValueError(f"{bias!r} is to be corrected, and is compressed itself: leave biases out of the rules")
     seen = measured(Watcher(fn, list(behind), "shift"), params, batches, beside=small)
     for name, chain in behind.items():
         shift = jnp.asarray(np.mean([batch[name] for batch in seen], axis=0))

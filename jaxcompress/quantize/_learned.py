@@ -37,6 +37,13 @@ class Trained(Leaf):
         """What stands for the weight during one call."""
         return jnp.asarray(self.materialise())
 
+    def unshared(self, length: int) -> Any:
+        """Where layers share what is learned, the weight is rounded before `scan` slices it: as `settled` does."""
+        if length == 1 or all(child.shape[0] == length for child in jax.tree.leaves(self)):
+            return self
+        seen = self.view()
+        return seen.unshared(length) if isinstance(seen, Leaf) else seen
+
     def settled(self) -> Leaf:
         """The compressed leaf of what was trained; each kind has its own."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jax import lax
 from leaves import low_rank, quantized, sparse
 
+from jaxcompress import features, quantize
 from jaxcompress.arrays import compressed, dense, watch
 
 
@@ -120,6 +122,28 @@ def test_stacked_layers(w, rng):
     np.testing.assert_allclose(out, in_stacked_scan(x, dense(w)), rtol=1e-5, atol=1e-5)
     each = jax.vmap(compressed(lambda w, x: x @ w, strict=True), in_axes=(0, None))(w, x)
     np.testing.assert_allclose(each, x @ dense(w), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [quantize.Affine(4, symmetric=False), quantize.KMeans(4)], ids=["int4", "codebook"])
+def test_what_stacked_layers_share_is_given_to_each(scheme, rng):
+    """A scale or a codebook for the whole stack: unrolled, captured, measured and trained as the dense value is."""
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(4, 8, 8)) / 3, jnp.float32)
+    leaf = scheme.convert(weight)
+
+    def layers(w, x):
+        return lax.scan(lambda x, w: (features.named(jnp.tanh(x @ w), "h"), None), x, w, unroll=2)[0]
+
+    wanted = layers(dense(leaf), x)
+    np.testing.assert_allclose(jax.jit(compressed(layers))(leaf, x), wanted, rtol=1e-5, atol=1e-5)
+    out, found = features.capture(compressed(layers), "h")(leaf, x)
+    np.testing.assert_allclose(found["h"][-1], out, rtol=1e-6)
+    trained, rest = eqx.partition(leaf, eqx.is_inexact_array)
+    got = jax.grad(lambda t: jnp.sum(compressed(layers)(eqx.combine(t, rest), x)))(trained)
+    of_dense = jax.grad(lambda t: jnp.sum(layers(eqx.combine(t, rest).materialise(), x)))(trained)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, of_dense)
+    cost, *_ = quantize.layer_costs(lambda p, x: layers(p["w"], x), {"w": weight}, [x], {"w": True}, {"": scheme})
+    assert cost.output_snr > 0
 
 
 def test_custom_vjp_without_compressed_arguments(rng):

@@ -171,6 +171,29 @@ def test_nnx_training_state_comes_back():
     np.testing.assert_array_equal(model.norm.mean[...], before)  # the module that was taken apart is as it was
 
 
+def test_nnx_state_keeps_its_structure_where_a_module_sows():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 3, rngs=rngs)
+            self.calls = nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            y = self.dense(x)
+            self.sow(nnx.Intermediate, "y", y)
+            return y
+
+    x, model = jnp.ones((2, 3)), Net(nnx.Rngs(0))
+    with pytest.warns(DeprecationWarning):
+        model(x)  # sown before, and kept there
+    apply, params, rest = jaxcompress.nnx.functional(model)
+    assert set(rest) == {"calls"} and len(model.y.get_value()) == 1
+    end, _ = jax.lax.scan(lambda rest, x: apply(params, rest, x)[::-1], rest, jnp.stack([x] * 3))
+    assert float(end["calls"]) == 4
+    (_, end), found = jaxcompress.nnx.capture(model, "dense$")(params, end, x)
+    assert float(end["calls"]) == 5 and set(found) == {"dense"}
+
+
 def test_vmap_over_models(rng):
     """Members of an ensemble stacked along a leading axis, compressed each by itself."""
     w = jnp.asarray(rng.normal(size=(3, 6, 5)), jnp.float32)

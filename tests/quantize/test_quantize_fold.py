@@ -252,6 +252,9 @@ def test_bias_correction_refuses(rng):
         quantize.correct_biases(fn, params, small, [])
     with pytest.raises(ValueError, match="other leaves"):
         quantize.correct_biases(fn, params, {"v": small["w"]}, [x])
+    params = params | {"b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="'b' is to be corrected, and is compressed itself"):
+        quantize.correct_biases(lambda p, x: fn(p, x) + p["b"], params, quantize.convert(params, {"": Affine(4)}), [x])
 
 
 def test_a_model_in_half_precision_has_its_roundings_tolerance(rng):

@@ -246,6 +246,19 @@ def test_convolutions_transposes_lookups_groups_and_stacks(rng):
         assert np.all(np.isfinite(g)) and np.any(g != 0)
 
 
+@pytest.mark.parametrize("rule", [Affine(3), quantize.Ternary()], ids=["steps", "ternary"])
+def test_what_stacked_layers_share_is_learned_as_it_is_settled(rule, rng):
+    """One step, or one threshold, for layers of different size that a scan slices."""
+    size = jnp.asarray([1.0, 0.7, 0.5]).reshape(3, 1, 1)
+    weight, x = size * jnp.asarray(rng.normal(size=(3, 8, 8))), jnp.asarray(rng.normal(size=(4, 8)))
+    learned = quantize.learn({"w": weight}, {"w": rule})
+    layers = compressed(lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0])
+    np.testing.assert_allclose(layers(learned, x), layers(quantize.settle(learned), x), rtol=1e-5, atol=1e-6)
+    slopes = jax.jit(jax.grad(lambda p: jnp.sum(layers(p, x))))(learned)
+    assert jax.tree.map(jnp.shape, slopes) == jax.tree.map(jnp.shape, learned)
+    assert all(bool(jnp.any(slope != 0)) for slope in jax.tree.leaves(slopes))
+
+
 def test_linen_nnx_and_a_plain_function_are_the_same_beside_a_float_teacher(rng):
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(5, 6), (6, 3)])
     params, rules = {"kernel": kernel, "bias": jnp.ones(3)}, {"kernel$": Affine(3, activation_bits=3)}
