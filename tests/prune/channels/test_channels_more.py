@@ -227,6 +227,8 @@ def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
         lambda h: (h * jax.lax.rsqrt((h * h).mean(0))).sum(-1),
         lambda h: (h / jnp.where(h > 0, 1.0, h)).sum(-1),
         lambda h: (jnp.abs(h) * jnp.log(jnp.abs(h))) @ jnp.ones((8, 2)),
+        lambda h: lax.scan(lambda h, _: (h / jnp.abs(h) ** 1.5, None), h, None, length=2)[0].sum(-1),
+        lambda h: jax.checkpoint(lambda h: h / jnp.abs(h) ** 1.5)(h).sum(-1),
     ],
 )
 def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
