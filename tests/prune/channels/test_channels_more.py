@@ -226,6 +226,7 @@ def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
         lambda h: (h / jnp.log(1 + jnp.abs(h))).sum(-1),
         lambda h: (h * jax.lax.rsqrt((h * h).mean(0))).sum(-1),
         lambda h: (h / jnp.where(h > 0, 1.0, h)).sum(-1),
+        lambda h: (h.sum(0) / (h != 0).sum(0)).sum(),
         lambda h: (jnp.abs(h) * jnp.log(jnp.abs(h))) @ jnp.ones((8, 2)),
         lambda h: lax.scan(lambda h, _: (h / jnp.abs(h) ** 1.5, None), h, None, length=2)[0].sum(-1),
         lambda h: jax.checkpoint(lambda h: h / jnp.abs(h) ** 1.5)(h).sum(-1),
