@@ -258,3 +258,20 @@ def test_what_is_kept_from_zero_stays_exact(place):
     groups = channels.groups(lambda p, x: place(x @ p["a"]), params, x)
     plan = channels.plan(groups, channels.norm(groups, params), ratio=0.5)
     assert channels.verify(lambda p, x: place(x @ p["a"]), params, plan, x).ok
+
+
+def test_caches_written_and_read_at_a_place_an_example_keep_their_channels_free():
+    m = Maker()
+    params, (x,) = {"a": m(5, 8), "b": m(5, 8), "c": m(8, 3)}, batches(1)[0]
+
+    def fn(p, x, places):
+        cache = jnp.stack([x @ p["a"]] * 3, 1)
+        write = jax.vmap(lambda cache, row, place: lax.dynamic_update_slice(cache, row[None], (place, 0)))
+        read = jax.vmap(lambda cache, place: lax.dynamic_slice(cache, (place, 0), (2, 8)))
+        return (read(write(cache, x @ p["b"], places), places[::-1]) @ p["c"]).sum(1)
+
+    places = jnp.array([0, 2, 1, 9])
+    groups = channels.groups(fn, params, x, places)
+    assert [(g.name, g.size) for g in groups] == [("a[1]", 8)]
+    plan = channels.from_units(groups, {"a[1]": [0, 3, 4]})
+    assert channels.verify(fn, params, plan, x, places).ok
