@@ -270,13 +270,17 @@ def _with_state(graph: Any, prepare: Callable[[Any], None] = lambda model: None)
 
 
 def _resize(layer: Any, path: str, plan: channels.Plan) -> None:
-    """Sets the sizes that a layer of Flax keeps beside its arrays; those of others stay."""
+    """Sets the sizes that a layer of Flax keeps beside its arrays; those of others stay.
+
+    They are the last axes: layers that `nnx.vmap` stacked, for `nnx.scan`, have more in front.
+    """
     if isinstance(layer, nnx.Linear):
-        layer.in_features, layer.out_features = layer.kernel.shape
+        layer.in_features, layer.out_features = layer.kernel.shape[-2:]
     elif isinstance(layer, nnx.LoRA):
-        layer.in_features, layer.out_features = layer.lora_a.shape[0], layer.lora_b.shape[1]
+        layer.in_features, layer.out_features = layer.lora_a.shape[-2], layer.lora_b.shape[-1]
     elif isinstance(layer, nnx.LinearGeneral):
-        shape, batch, inputs = layer.kernel.shape, len(layer.batch_axis), len(layer.in_features)
+        batch, inputs = len(layer.batch_axis), len(layer.in_features)
+        shape = layer.kernel.shape[-(batch + inputs + len(layer.out_features)) :]
         layer.batch_axis = type(layer.batch_axis)(zip(layer.batch_axis, shape[:batch], strict=True))
         layer.in_features, layer.out_features = shape[batch : batch + inputs], shape[batch + inputs :]
     elif isinstance(layer, nnx.Einsum):
@@ -292,28 +296,28 @@ def _resize(layer: Any, path: str, plan: channels.Plan) -> None:
         layer.in_features, layer.out_features = sizes[::-1] if layer.transpose_kernel else sizes
         layer.kernel_shape = layer.kernel.shape
     elif isinstance(layer, nnx.Embed):
-        layer.num_embeddings, layer.features = layer.embedding.shape
+        layer.num_embeddings, layer.features = layer.embedding.shape[-2:]
     elif isinstance(layer, nnx.GroupNorm):
         of = next((name for name in ("scale", "bias") if getattr(layer, name) is not None), None)
         if of is not None:
-            layer.num_groups = _left(path, of, 0, layer.num_groups, plan)
-            layer.group_size = getattr(layer, of).shape[0] // layer.num_groups
+            layer.num_groups = _left(path, of, -1, layer.num_groups, plan)
+            layer.group_size = getattr(layer, of).shape[-1] // layer.num_groups
     elif isinstance(layer, nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm | nnx.InstanceNorm):
         arrays = [getattr(layer, name, None) for name in ("mean", "scale", "bias")]
         layer.num_features = next((math.prod(x.shape) for x in arrays if x is not None), layer.num_features)
     elif isinstance(layer, nnx.MultiHeadAttention):
         _resize_attention(layer, path, plan)
     elif isinstance(layer, nnx.LSTMCell):
-        layer.in_features, layer.hidden_features = layer.ii.kernel.shape[0], layer.hi.kernel.shape[0]
+        layer.in_features, layer.hidden_features = layer.ii.kernel.shape[-2], layer.hi.kernel.shape[-2]
     elif isinstance(layer, nnx.OptimizedLSTMCell | nnx.GRUCell | nnx.SimpleCell):
-        layer.in_features, layer.hidden_features = layer.dense_i.kernel.shape[0], layer.dense_h.kernel.shape[0]
+        layer.in_features, layer.hidden_features = layer.dense_i.kernel.shape[-2], layer.dense_h.kernel.shape[-2]
 
 
 def _resize_attention(layer: Any, path: str, plan: channels.Plan) -> None:
-    layer.in_features, layer.num_heads, layer.head_dim = layer.query.kernel.shape
-    layer.in_kv_features, layer.num_kv_heads = layer.key.kernel.shape[:2]
+    layer.in_features, layer.num_heads, layer.head_dim = layer.query.kernel.shape[-3:]
+    layer.in_kv_features, layer.num_kv_heads = layer.key.kernel.shape[-3:-1]
     layer.qkv_features, layer.out_features = layer.num_heads * layer.head_dim, layer.out.kernel.shape[-1]
-    whole = plan.shapes[_joined(path, "query/kernel")][2]
+    whole = plan.shapes[_joined(path, "query/kernel")][-1]
     if layer.head_dim != whole and not layer.normalize_qk:
         for x in (layer.query.kernel, layer.query.bias):
             if x is not None:

@@ -55,6 +55,15 @@ class Plan:
 
         return self._mapped(params, zeroed)
 
+    def _above(self, name: str, x: Any) -> str | None:
+        """The parameter that a leaf lies beneath, if the leaf is as long as one of the axes that are cut."""
+        keys = name.split("/")
+        for end in range(len(keys) - 1, 0, -1):
+            owner = paths.owner("/".join(keys[:end]), self.shapes)
+            if owner and any(self.shapes[owner][axis] in np.shape(x) for axis in self.keep.get(owner, {})):
+                return owner
+        return None
+
     def undone(self, small: Any) -> Any:
         """The shapes before, for a tree that `apply` gave: what `shrink` takes where the whole parameters are gone.
 
@@ -75,7 +84,8 @@ class Plan:
         """Cut the leaves of a tree that belong to parameters by path and shape: an optimizer's state, an average.
 
         A leaf belongs to a parameter if its path ends with the parameter's. Leaves of one element (counts,
-        placeholders) and leaves without a parameter stay as they are.
+        placeholders) and leaves without a parameter stay as they are; one beneath a parameter's path that is as long as
+        an axis that is cut (SM3's vectors, an axis each) can't be cut.
 
         Args:
           tree: of the whole parameters.
@@ -83,8 +93,8 @@ class Plan:
             cut, like Adafactor's moments of rows and columns.
 
         Raises:
-          ValueError: a leaf has a parameter's path but another shape, and there is no `fresh`; or `fresh` has other
-            leaves.
+          ValueError: a leaf has a parameter's path but another shape, or lies beneath one, and there is no `fresh`; or
+            `fresh` has other leaves.
         """
         made_small = dict(paths.named_leaves(fresh)) if fresh is not None else {}
         if fresh is not None and list(made_small) != [name for name, _ in paths.named_leaves(tree)]:
@@ -92,6 +102,7 @@ class Plan:
 
         def of_leaf(name: str, x: Any) -> Any:
             owner = paths.owner(name, self.shapes)
+            owner = self._above(name, x) if owner is None else owner
             if owner is None or owner not in self.keep or np.size(x) <= 1:
                 small = x
             elif tuple(np.shape(x)) == self.shapes[owner]:

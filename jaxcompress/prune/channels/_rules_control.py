@@ -21,16 +21,17 @@ def _handed(tracer: Tracer, x: Value, zero: Sequence[bool] | None = None) -> Val
 
 
 def _settled(tracer: Tracer, trace: Callable[[list[list[bool]]], list[Value]], carry: Sequence[Value]) -> None:
-    """Trace a loop's body until what it says of zeros in the carry holds after a turn, too."""
+    """Trace a loop's body until what it says of zeros in the carry holds after a turn, too.
+
+    What an earlier trace noted stays: it holds in the first turns.
+    """
     zero = [list(x.zero) for x in carry]
     while True:
-        noted = len(tracer.inexact)
         outs = trace(zero)
         after = [[a and b for a, b in zip(z, out.zero, strict=True)] for z, out in zip(zero, outs, strict=True)]
         if after == zero:
             return
         zero = after
-        del tracer.inexact[noted:]
 
 
 def _agree(tracer: Tracer, before: Sequence[Value], after: Sequence[Value], why: str) -> None:

@@ -1,17 +1,26 @@
 """Rules of the primitives that work index by index: the labels of the operands must agree, axis by axis.
 
 They also say where a slice that is zero stays zero (`0 * x`, `max(0, x)`, `tanh(0)`), which decides whether a sum over
-it is exact. JAX lets operands have no axes, or axes of size 1, where the result has more: these have no say.
+it is exact. Where all operands hold numbers that are known (zero, `0 + eps`, `exp(0)`), the result's is computed, for
+what is cut may not become infinite or NaN in the zeroed model (`0 / 0`, `log(0)`): no later zero undoes that.
+
+JAX lets operands have no axes, or axes of size 1, where the result has more: these have no say.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.prune.channels._labels import Label
 from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, concrete, rule
 
 _PASSES = (
-    "convert_element_type copy copy_p device_put layout_constraint mesh_cast name pvary reduce_precision reduced_pvary "
-    "reshard sharding_constraint stop_gradient"
+    "copy copy_p device_put layout_constraint mesh_cast name pvary reduced_pvary reshard sharding_constraint "
+    "stop_gradient"
 )
 _ZERO_TO_ZERO = (
     "abs asin asinh atan atanh cbrt ceil conj erf erf_inv expm1 floor imag log1p neg population_count real round sign "
@@ -27,10 +36,76 @@ _OTHER_NARY = (
 )
 
 
+def _by_index(*names: str) -> Callable[[Any], Any]:
+    """Register a label function of primitives that work index by index, and follow the numbers that cut slices hold."""
+
+    def register(label: Callable[[Tracer, Call], list[Value]]) -> Any:
+        @functools.wraps(label)
+        def labelled(tracer: Tracer, call: Call) -> list[Value]:
+            outs = label(tracer, call)
+            if len(outs) == 1 and not jnp.issubdtype(outs[0].dtype, jax.dtypes.extended):
+                _follow(tracer, call, outs[0])
+            return outs
+
+        return rule(*names)(labelled)
+
+    return register
+
+
+def _follow(tracer: Tracer, call: Call, out: Value) -> None:
+    zero, held = list(out.zero), [None] * out.ndim
+    for axis, label in enumerate(out.labels):
+        numbers = [_number(x, axis, out.shape) for x in call.inputs] if label is not None else [None]
+        if any(x is None for x in numbers) or (zero[axis] and not any(numbers) and call.name != "div"):
+            continue
+        number = _evaluated(call, numbers)
+        if np.all(np.isfinite(number)):
+            held[axis] = number
+            continue
+        zero[axis] = False
+        if not tracer.in_derivative:
+            tracer.contract(label, False, f"is not finite in {call.name!r} where the unit is zero")
+    out.zero, out.held = tuple(zero), tuple(held)
+
+
+def _number(x: Value, axis: int, shape: tuple[int, ...]) -> Any:
+    """What an operand holds where the result's axis is cut; `None` if that isn't one known number."""
+    if x.ndim == len(shape) and x.shape[axis] == shape[axis]:
+        found = 0 if x.zero[axis] else x.held[axis] if x.held else None
+        if found is not None:
+            return np.asarray(found, x.dtype)
+    return _everywhere(x)
+
+
+def _everywhere(x: Value) -> Any:
+    """The number that a known value holds everywhere, if that is seen at once."""
+    if x.whole is not None:
+        return _everywhere(x.whole)
+    if x.known and x.ndim == 0:
+        return concrete(x)
+    if x.made_by is not None and x.made_by.primitive.name == "broadcast_in_dim":
+        return _everywhere(x.made_by.inputs[0])
+    return None
+
+
+_numbers: dict[Any, Any] = {}
+
+
+def _evaluated(call: Call, numbers: list[Any]) -> Any:
+    """The primitive of scalars; each is computed once, for a model asks the same again and again."""
+    key = (call.name, str(call.params), *((x.dtype, x.tobytes()) for x in numbers))
+    if key not in _numbers:
+        with jax.ensure_compile_time_eval():
+            found = call.primitive.bind(*numbers, **call.primitive.get_bind_params(call.params))
+        _numbers[key] = np.asarray(found)
+    return _numbers[key]
+
+
+@_by_index("convert_element_type", "reduce_precision")
 @rule(*_PASSES.split())
 def _pass(tracer: Tracer, call: Call) -> list[Value]:
     (x,) = call.inputs
-    return [tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed)]
+    return [tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed, held=x.held)]
 
 
 @rule("optimization_barrier")
@@ -39,19 +114,19 @@ def _each(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(aval, x.labels, x.zero, source=x.source, summed=x.summed) for aval, x in pairs]
 
 
-@rule(*_ZERO_TO_ZERO.split())
+@_by_index(*_ZERO_TO_ZERO.split())
 def _zero_to_zero(tracer: Tracer, call: Call) -> list[Value]:
     (x,) = call.inputs
     return [tracer.value(call.avals[0], x.labels, x.zero)]
 
 
-@rule("integer_pow")
+@_by_index("integer_pow")
 def _integer_pow(tracer: Tracer, call: Call) -> list[Value]:
     (x,) = call.inputs
     return [tracer.value(call.avals[0], x.labels, x.zero if call.params["y"] > 0 else None)]
 
 
-@rule(*_OTHER_UNARY.split())
+@_by_index(*_OTHER_UNARY.split())
 def _other_unary(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], call.inputs[0].labels)]
 
@@ -65,7 +140,7 @@ def _bitcast(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(aval, x.labels, x.zero)]
 
 
-@rule(*_ZERO_IF_ALL_ARE.split())
+@_by_index(*_ZERO_IF_ALL_ARE.split())
 def _sum_like(tracer: Tracer, call: Call) -> list[Value]:
     zero = [all(_zero(x, axis, call) for x in call.inputs) for axis in range(len(call.avals[0].shape))]
     if len(call.inputs) == 2:
@@ -73,7 +148,7 @@ def _sum_like(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
 
 
-@rule("mul", "and")
+@_by_index("mul", "and")
 def _product_like(tracer: Tracer, call: Call) -> list[Value]:
     zero = [any(_zero(x, axis, call) for x in call.inputs) for axis in range(len(call.avals[0].shape))]
     _mark(tracer, call, "scale")
@@ -82,7 +157,7 @@ def _product_like(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], aligned(tracer, call), zero, source=sources[0] if scaled else None)]
 
 
-@rule("div")
+@_by_index("div")
 def _div(tracer: Tracer, call: Call) -> list[Value]:
     x, by = call.inputs
     zero = [_zero(x, axis, call) and not _zero(by, axis, call) for axis in range(len(call.avals[0].shape))]
@@ -92,7 +167,7 @@ def _div(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
 
 
-@rule("max", "min")
+@_by_index("max", "min")
 def _extremum(tracer: Tracer, call: Call) -> list[Value]:
     def bounds(x: Value) -> bool:  # a constant beyond zero, on the side where zero wins
         constant = concrete(x) if x.ndim == 0 else None
@@ -106,7 +181,7 @@ def _extremum(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
 
 
-@rule("clamp")
+@_by_index("clamp")
 def _clamp(tracer: Tracer, call: Call) -> list[Value]:
     low, x, high = call.inputs
     ends = [concrete(v) if v.ndim == 0 else None for v in (low, high)]
@@ -114,14 +189,14 @@ def _clamp(tracer: Tracer, call: Call) -> list[Value]:
     return [tracer.value(call.avals[0], aligned(tracer, call), x.zero if through else None)]
 
 
-@rule("select_n")
+@_by_index("select_n")
 def _select(tracer: Tracer, call: Call) -> list[Value]:
     cases = call.inputs[1:]
     zero = [all(_zero(x, axis, call) for x in cases) for axis in range(len(call.avals[0].shape))]
     return [tracer.value(call.avals[0], aligned(tracer, call), zero)]
 
 
-@rule(*_OTHER_NARY.split())
+@_by_index(*_OTHER_NARY.split())
 def _other_nary(tracer: Tracer, call: Call) -> list[Value]:
     labels = aligned(tracer, call)
     return [tracer.value(aval, labels if aval.shape == call.avals[0].shape else None) for aval in call.avals]

@@ -61,7 +61,8 @@ def _gather(tracer: Tracer, call: Call) -> list[Value]:
     call.inputs = [x, indices_value]
     batch = {d: j for d, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)}
     windows = [d for d in range(x.ndim) if d not in numbers.collapsed_slice_dims and d not in batch]
-    passing = [d for d in windows if sizes[d] == x.shape[d] and d not in numbers.start_index_map]
+    placed = _placed(numbers.start_index_map, call.params["mode"])
+    passing = [d for d in windows if sizes[d] == x.shape[d] and d not in placed]
     for d, j in batch.items():
         tracer.atoms.unify(x.labels[d], indices_value.labels[j], "a batch axis of a lookup in a whole one")
     tracer.freeze(x, [d for d in range(x.ndim) if d not in passing and d not in batch], "it is indexed")
@@ -85,6 +86,11 @@ def _gather(tracer: Tracer, call: Call) -> list[Value]:
         zero = [False] * len(zero)  # a place outside is no zero; NaN is NaN in either model
     source = (x.source[0], tuple(axes)) if x.source is not None else None
     return [tracer.value(call.avals[0], labels, zero, source=source)]
+
+
+def _placed(indexed: Sequence[int], mode: Any) -> Sequence[int]:
+    """The axes where a whole window may lie elsewhere: not where places are clipped, as those of a `vmap`ped slice."""
+    return () if mode == lax.GatherScatterMode.CLIP else indexed
 
 
 def _gather_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
@@ -143,10 +149,11 @@ def _scatter(tracer: Tracer, call: Call) -> list[Value]:
     rows = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
     for j, axis in enumerate(rows):
         tracer.atoms.unify(updates.labels[axis], indices.labels[j], "scattered to whole places")
+    placed = _placed(numbers.scatter_dims_to_operand_dims, call.params["mode"])
     labels: list[Label] = [None] * x.ndim
     zero = [False] * x.ndim
     for d, axis in zip(windows, numbers.update_window_dims, strict=True):
-        if updates.shape[axis] == x.shape[d] and d not in numbers.scatter_dims_to_operand_dims:
+        if updates.shape[axis] == x.shape[d] and d not in placed:
             tracer.atoms.unify(x.labels[d], updates.labels[axis], "scattered into a whole axis")
             labels[d], zero[d] = x.labels[d], x.zero[d] and updates.zero[axis]
         else:

@@ -30,8 +30,10 @@ def _reduce(tracer: Tracer, call: Call) -> list[Value]:
 def _without(tracer: Tracer, call: Call, x: Value, axes: Sequence[int], **more: Any) -> Value:
     left = [axis for axis in range(x.ndim) if axis not in axes]
     empty = 0 in (x.shape[axis] for axis in axes)  # the product of nothing is 1
-    zero = [x.zero[axis] and not empty and not call.name.startswith("arg") for axis in left]
-    return tracer.value(call.avals[0], [x.labels[axis] for axis in left], zero, **more)
+    keeps = not empty and not call.name.startswith("arg")
+    zero = [x.zero[axis] and keeps for axis in left]
+    held = tuple(0 if x.held and x.held[axis] == 0 and keeps else None for axis in left)
+    return tracer.value(call.avals[0], [x.labels[axis] for axis in left], zero, held=held, **more)
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")

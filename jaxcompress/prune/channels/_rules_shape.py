@@ -18,9 +18,10 @@ def _broadcast_in_dim(tracer: Tracer, call: Call) -> list[Value]:
     x, shape = call.inputs[0], call.avals[0].shape
     placed = dict(zip(call.params["broadcast_dimensions"], range(x.ndim), strict=True))
     labels: list[Label] = []
-    zero, axes = [], []
+    zero, axes, held = [], [], []
     for axis, n in enumerate(shape):
         from_axis = placed.get(axis)
+        held.append(x.held[from_axis] if x.held and from_axis is not None else None)
         if from_axis is not None and x.shape[from_axis] == n:
             labels.append(x.labels[from_axis])
             zero.append(x.zero[from_axis])
@@ -31,7 +32,8 @@ def _broadcast_in_dim(tracer: Tracer, call: Call) -> list[Value]:
             axes.append(())
     source = (x.source[0], tuple(axes)) if x.source is not None else None
     keeps = math.prod(shape) == math.prod(x.shape)
-    return [tracer.value(call.avals[0], labels, zero, source=source, summed=x.summed if keeps else None)]
+    summed = x.summed if keeps else None
+    return [tracer.value(call.avals[0], labels, zero, source=source, summed=summed, held=tuple(held))]
 
 
 def _broadcast(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
@@ -47,6 +49,7 @@ def _reshape(tracer: Tracer, call: Call) -> list[Value]:
     labels: list[Label] = [None] * len(shape)
     zero = [False] * len(shape)
     axes: list[tuple[int, ...]] = [()] * len(shape)
+    held: list[Any] = [None] * len(shape)
     if 0 in x.shape:
         tracer.freeze(x, range(x.ndim), "an empty array")
         return [tracer.value(call.avals[0])]
@@ -61,11 +64,13 @@ def _reshape(tracer: Tracer, call: Call) -> list[Value]:
             parts = [merged] if len(new) == 1 else tracer.atoms.split(merged, [shape[i] for i in new], "is split")
         for i, label in zip(new, parts, strict=True):
             labels[i] = label
-            zero[i] = all(x.zero[j] for j in old if x.labels[j] is not None)
+            cut = [j for j in old if x.labels[j] is not None]
+            zero[i] = all(x.zero[j] for j in cut)
+            held[i] = x.held[cut[0]] if x.held and len(cut) == 1 else None
             if x.source is not None:
                 axes[i] = tuple(sorted({leaf for j in old for leaf in x.source[1][j]}))
     source = (x.source[0], tuple(axes)) if x.source is not None else None
-    return [tracer.value(call.avals[0], labels, zero, source=source, summed=x.summed)]
+    return [tracer.value(call.avals[0], labels, zero, source=source, summed=x.summed, held=tuple(held))]
 
 
 def _reshape_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
@@ -103,14 +108,15 @@ def _squeeze(tracer: Tracer, call: Call) -> list[Value]:
 
 def _permuted(tracer: Tracer, call: Call, order: Sequence[int]) -> Value:
     x = _in_order(call.inputs[0], order)
-    return tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed)
+    return tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed, held=x.held)
 
 
 def _in_order(x: Value, order: Sequence[int]) -> Value:
     """The value with its axes in another order, or fewer of them."""
     source = (x.source[0], tuple(x.source[1][i] for i in order)) if x.source is not None else None
     shape, labels = tuple(x.shape[i] for i in order), tuple(x.labels[i] for i in order)
-    return Value(shape, x.dtype, labels, tuple(x.zero[i] for i in order), source=source, summed=x.summed)
+    zero, held = tuple(x.zero[i] for i in order), tuple(x.held[i] for i in order) if x.held else ()
+    return Value(shape, x.dtype, labels, zero, source=source, summed=x.summed, held=held)
 
 
 @rule("rev")

@@ -42,6 +42,7 @@ class Value:
       source: (parameter leaf, for each axis the leaf's axes it runs along) while the value is just a parameter.
       summed: the labels of the axes that were summed over, and their sizes, while the value is just such a sum.
       mat: inside a `shard_map`, how it varies over the mesh; JAX's type.
+      held: for each axis, the number that the slices that are cut hold instead of zero, where that is known.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +57,7 @@ class Value:
     source: tuple[int, tuple[tuple[int, ...], ...]] | None = None
     summed: tuple[tuple[np.ndarray, ...], int] | None = None
     mat: Any = None
+    held: tuple[Any, ...] = ()
 
     @property
     def ndim(self) -> int:

@@ -235,6 +235,28 @@ def test_nnx_wrapped_modules_train_with_their_statistics_and_are_cut_again():
     close(jnnx.Pruned(small, second)(IMAGES), again(second.mask(cut), IMAGES))
 
 
+class Stacked(nnx.Module):
+    """Layers that `nnx.vmap` made, which `nnx.scan` runs: their arrays have one axis more."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=(0,), out_axes=0)
+        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        run = nnx.scan(lambda h, layer: h + jnp.tanh(layer(h)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.last(run(self.first(x), self.layers))
+
+
+def test_nnx_layers_that_are_stacked():
+    model = Stacked(nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    plan = halved(lambda state, x: nnx.merge(graph, state)(x), state, TOKENS)
+    small = jnnx.pruned(model, plan, TOKENS)
+    assert (small.layers.in_features, small.layers.out_features) == (4, 4)
+    close(small(TOKENS), nnx.merge(graph, plan.mask(state))(TOKENS))
+
+
 # Linen
 
 

@@ -217,3 +217,61 @@ def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
 
     (group,) = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0][0])
     assert group.exact
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda h: (h / jnp.abs(h) ** 1.5).sum(-1),
+        lambda h: (h / jnp.log(1 + jnp.abs(h))).sum(-1),
+        lambda h: (h * jax.lax.rsqrt((h * h).mean(0))).sum(-1),
+        lambda h: (h / jnp.where(h > 0, 1.0, h)).sum(-1),
+        lambda h: (h.sum(0) / (h != 0).sum(0)).sum(),
+        lambda h: (jnp.abs(h) * jnp.log(jnp.abs(h))) @ jnp.ones((8, 2)),
+        lambda h: lax.scan(lambda h, _: (h / jnp.abs(h) ** 1.5, None), h, None, length=2)[0].sum(-1),
+        lambda h: jax.checkpoint(lambda h: h / jnp.abs(h) ** 1.5)(h).sum(-1),
+    ],
+)
+def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
+    params = {"a": Maker()(5, 8)}
+    (x,) = batches(1)[0]
+    masked = {"a": params["a"].at[:, 0].set(0.0)}
+    assert not jnp.isfinite(place(x @ masked["a"])).all()
+    (group,) = channels.groups(lambda p, x: place(x @ p["a"]), params, x)
+    assert not group.exact
+    assert "not finite" in group.notes[0]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda h: (h / (1e-6 + jnp.abs(h)) ** 1.5).sum(-1),
+        lambda h: (h * jax.lax.rsqrt((h * h).mean(0) + 1e-6)).sum(-1),
+        lambda h: (h * h / jnp.where(h == 0, 1.0, h)).sum(-1),
+        lambda h: (h / jnp.maximum((h * h).mean(0), 1e-12)).sum(-1),
+        lambda h: (h / (1 + jnp.exp(h))).sum(-1),
+    ],
+)
+def test_what_is_kept_from_zero_stays_exact(place):
+    params = {"a": Maker()(5, 8)}
+    (x,) = batches(1)[0]
+    groups = channels.groups(lambda p, x: place(x @ p["a"]), params, x)
+    plan = channels.plan(groups, channels.norm(groups, params), ratio=0.5)
+    assert channels.verify(lambda p, x: place(x @ p["a"]), params, plan, x).ok
+
+
+def test_caches_written_and_read_at_a_place_an_example_keep_their_channels_free():
+    m = Maker()
+    params, (x,) = {"a": m(5, 8), "b": m(5, 8), "c": m(8, 3)}, batches(1)[0]
+
+    def fn(p, x, places):
+        cache = jnp.stack([x @ p["a"]] * 3, 1)
+        write = jax.vmap(lambda cache, row, place: lax.dynamic_update_slice(cache, row[None], (place, 0)))
+        read = jax.vmap(lambda cache, place: lax.dynamic_slice(cache, (place, 0), (2, 8)))
+        return (read(write(cache, x @ p["b"], places), places[::-1]) @ p["c"]).sum(1)
+
+    places = jnp.array([0, 2, 1, 9])
+    groups = channels.groups(fn, params, x, places)
+    assert [(g.name, g.size) for g in groups] == [("a[1]", 8)]
+    plan = channels.from_units(groups, {"a[1]": [0, 3, 4]})
+    assert channels.verify(fn, params, plan, x, places).ok

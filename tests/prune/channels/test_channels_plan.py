@@ -224,6 +224,17 @@ def test_moments_of_rows_and_columns_begin_anew():
     assert small.count == 1
 
 
+def test_state_beneath_a_parameter_begins_anew():
+    params, x = setting()
+    plan = channels.from_units(channels.groups(dense, params, x), {"w1[1]": [1, 4, 5, 6]})
+    optimizer = optax.sm3(1e-2)  # a vector an axis: mu/w1/0, mu/w1/1
+    with pytest.raises(ValueError, match=r"'0/mu/\w+/\d'.*pass fresh="):
+        plan.apply_like(optimizer.init(params))
+    small_params = plan.apply(params)
+    small = plan.apply_like(optimizer.init(params), optimizer.init(small_params))
+    optimizer.update(jax.tree.map(jnp.ones_like, small_params), small, small_params)
+
+
 def test_sharded_parameters_stay_sharded():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     params, x = setting()
