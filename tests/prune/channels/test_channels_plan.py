@@ -103,6 +103,14 @@ def test_scores_by_hand():
     assert channels.random(groups, jax.random.key(0))[name].shape == (8,)
 
 
+@pytest.mark.parametrize("score", [channels.norm, channels.lamp, channels.geometric_median, channels.from_weights])
+@pytest.mark.parametrize("roles", ["out", ("outputs",)])
+def test_a_role_that_there_is_not_is_refused(score, roles):
+    params, x = setting()
+    with pytest.raises(ValueError, match=r"roles are a tuple of some of in, out, scale, shift"):
+        score(channels.groups(dense, params, x), params, roles=roles)
+
+
 def test_slimming_ranks_scales_of_all_layers_together_and_leaves_the_rest():
     fn, params, args = ZOO["resnet_projection"]()
     groups = channels.groups(fn, params, *args)
