@@ -87,6 +87,16 @@ class Leaf(quax.ArrayValue):
         return {name: child for name, child in children.items() if child is not None}, static
 
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        # without it NumPy would make an object of the leaf, and JAX say that it wants a number
+        raise TypeError(
+            f"a {type(self).__name__} weight of shape {self.shape} is no array outside jaxcompress.compressed: run the "
+            f"model as compressed(model.apply)(params, ...), or make arrays of its weights by jaxcompress.dense(params)"
+        )
+
+    __matmul__ = __rmatmul__ = __array__
+
+
 @dataclasses.dataclass(frozen=True)
 class Otherwise:
     """What a rule returns that can't serve a case, where the dense value is to meet another input."""

@@ -60,6 +60,8 @@ def layer_costs(
     Raises:
       UnmatchedRuleError, TypeError, ValueError: as `convert` and `calibrate.input_values`.
     """
+    if not isinstance(schemes, Mapping):
+        raise TypeError(f'schemes have names, as in {{"8": Affine(8), "4": Affine(4)}}, got {schemes!r}')
     batches, leaves = list(batches), dict(named_leaves(params, is_leaf))
     names = chosen_weights(params, rules)
     tree = jax.tree.structure(params, is_leaf=is_leaf)

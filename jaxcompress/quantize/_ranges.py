@@ -85,8 +85,8 @@ class Percentile:
     bins: int = 2048
 
     def __post_init__(self) -> None:
-        if not 0 < self.percent <= 100 or self.bins < 2:
-            raise ValueError(f"percent is above 0 and at most 100, of at least 2 bins, got {self.percent}, {self.bins}")
+        if not 1 < self.percent <= 100 or self.bins < 2:  # 0.999 is meant as a share
+            raise ValueError(f"percent is above 1 and at most 100, of at least 2 bins, got {self.percent}, {self.bins}")
 
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
         """To within a bin's width."""
@@ -197,6 +197,8 @@ def input_ranges(
     }
     if not specs:
         raise ValueError("no rule asks for quantized inputs: give an Affine activation_bits")
+    if isinstance(method, type) or not hasattr(method, "choose"):
+        raise TypeError(f"method is MinMax(), Percentile(99.9), LeastSquares() or Entropy(), got {method!r}")
     if method.bins < 0 or method.bins % 2 or getattr(method, "fractions", 1) < 1:
         raise ValueError(
             f"a method's histogram has an even number of bins, which fold into magnitudes; of fractions at least one: "

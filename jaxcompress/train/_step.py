@@ -96,7 +96,8 @@ class Step:
         """Takes the step. `state` is donated; `frozen` lies on the state's mesh, the batch may come from the host.
 
         Raises:
-          ValueError: state and `frozen` do not lie on one mesh; the loss's results are not what a step can use.
+          ValueError: state and `frozen` do not lie on one mesh; the state is of another optimizer; the loss's results
+            are not what a step can use.
         """
         # the state that the last call returned lies where that call put it: no need to look at every leaf again
         if self._current is None or state is not self._last_state() or frozen is not self._last_frozen:
@@ -139,6 +140,7 @@ def _take(
     loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, state: TrainState, batch: Any, frozen: Any
 ) -> tuple[TrainState, dict[str, jax.Array], Any]:
     trained, fixed = split(state.params)
+    _check_optimizer(tx, trained, state.opt_state)
     context = Context(state.extras, frozen, jax.random.fold_in(state.key, state.step), state.step)
 
     def objective(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
@@ -157,6 +159,16 @@ def _take(
         key=state.key,
     )
     return new, {"loss": loss, **metrics}, gradient
+
+
+def _check_optimizer(tx: optax.GradientTransformationExtraArgs, trained: Any, opt_state: Any) -> None:
+    """Another optimizer's state may pass through an update and change nothing, or half of it."""
+    try:
+        own = jax.tree.structure(jax.eval_shape(tx.init, trained))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return  # an init that reads values can't be asked here
+    if own != jax.tree.structure(opt_state):
+        raise ValueError("the state is of another optimizer than the step: give TrainState.create and make_step one tx")
 
 
 def _norm(gradient: Any) -> jax.Array:
