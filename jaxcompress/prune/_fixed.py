@@ -84,7 +84,9 @@ def fixed(masks: Any, *, packed: bool = True) -> optax.GradientTransformationExt
             if name in given and given[name].shape != x.shape:
                 raise ValueError(f"the mask of {name!r} has shape {given[name].shape}, but the parameter has {x.shape}")
             if name in given and given[name].dtype != bool:
-                raise ValueError(f"the mask of {name!r} is {given[name].dtype}: want bool, True for a weight that stays")
+                raise ValueError(
+                    f"the mask of {name!r} is {given[name].dtype}: want bool, True for a weight that stays"
+                )
         own = [stored_beside(x, given[name], packed) if name in given else None for name, x in named]
         return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(own))
 

@@ -81,7 +81,9 @@ def build(
     writer: PartWriter | None = None
     for batch in batches:
         if not isinstance(batch, Sequence) or len(batch) != 3:
-            raise ValueError("batches are triples (examples' numbers, seeds of their augmentation or one number, inputs)")
+            raise ValueError(
+                "batches are triples (examples' numbers, seeds of their augmentation or one number, inputs)"
+            )
         examples, seeds, inputs = batch
         keys = _key_rows(examples, seeds)
         missing = np.ones(len(keys), bool) if cache is None else cache.find(keys) < 0

@@ -15,22 +15,25 @@ from jaxcompress.train._state import Optimizer, TrainState, split, strong
 
 
 class Context(NamedTuple):
-    """What a loss may use beside the parameters and the batch."""
+    """What a loss may use beside the parameters and the batch.
+
+    Attributes:
+      extras: the state's extras: batch statistics, a moving average of the params.
+      frozen: what the caller hands in and nothing trains: a teacher's variables, several teachers', weights of a
+        schedule.
+      key: this step's own typed key. Split it for several uses.
+      step: int32 scalar: the steps taken before this one, for schedules.
+    """
 
     extras: Any
-    """The state's extras: batch statistics, a moving average of the params."""
     frozen: Any
-    """What the caller hands in and nothing trains: a teacher's variables, several teachers', weights of a schedule."""
     key: jax.Array
-    """This step's own typed key. Split it for several uses."""
     step: jax.Array
-    """int32 scalar: the steps taken before this one, for schedules."""
 
 
 Metrics = Mapping[str, jax.Array]
 LossFn = Callable[[Any, Any, Context], tuple[jax.Array, Metrics, Any]]
-"""`loss_fn(params, batch, context) -> (loss, metrics, extras)`: a scalar to descend, scalars to report by name, and the
-next step's extras (`context.extras` itself where nothing changes)."""
+"""What `make_step` takes."""
 
 
 def make_step(
@@ -62,7 +65,8 @@ def make_step(
     `value_fn=`, for the transformations that ask for them.
 
     Args:
-      loss_fn: see `LossFn`.
+      loss_fn: `loss_fn(params, batch, context) -> (loss, metrics, extras)`: a scalar to descend, scalars to report by
+        name, and the next step's extras (`context.extras` itself where nothing changes). See `Context`.
       tx: the optimizer with which the state was created.
       batch_axis: the mesh axis (or axes) along which the batch's rows lie.
       grad_norm: report the gradient's global L2 norm, in float32. It costs one more reading of the gradient.
@@ -164,7 +168,7 @@ def _take(
 def _check_optimizer(tx: optax.GradientTransformationExtraArgs, trained: Any, opt_state: Any) -> None:
     """Another optimizer's state may pass through an update and change nothing, or half of it."""
     try:
-        own = jax.tree.structure(jax.eval_shape(tx.init, trained))
+        own: Any = jax.tree.structure(jax.eval_shape(tx.init, trained))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return  # an init that reads values can't be asked here
     if own != jax.tree.structure(opt_state):

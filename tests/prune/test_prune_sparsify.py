@@ -261,7 +261,7 @@ def test_bad_rules_and_weights(rules, params, error, message: str) -> None:
 
 
 def test_a_schedule_that_is_none() -> None:
-    with pytest.raises(TypeError, match="schedule is a Schedule, .* got 10"):
+    with pytest.raises(TypeError, match=r"schedule is a Schedule, .* got 10"):
         prune.sparsify({"kernel": 0.5}, 10)
 
 

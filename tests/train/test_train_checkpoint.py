@@ -125,7 +125,7 @@ def test_another_models_checkpoint_is_refused(other, message, tmp_path):
 
 def test_a_directory_without_the_checkpoint(tmp_path):
     with train.Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(FileNotFoundError, match="no checkpoint in .* there are none"):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* there are none"):
             checkpoints.restore(make())
         checkpoints.save(make(step=3))
         checkpoints.wait()

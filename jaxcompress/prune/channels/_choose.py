@@ -110,7 +110,9 @@ def _checked(groups: Groups, scores: Mapping[str, Any], inexact: bool) -> dict[s
     if not by_name:
         raise ValueError(f"the function has no groups to choose from:\n{groups}")
     if not isinstance(scores, Mapping):
-        raise TypeError(f"scores are a dict, group name -> [units], as channels.norm gives; got {type(scores).__name__}")
+        raise TypeError(
+            f"scores are a dict, group name -> [units], as channels.norm gives; got {type(scores).__name__}"
+        )
     checked = {}
     for name, s in scores.items():
         if name not in by_name:
