@@ -55,12 +55,19 @@ def contrastive_heads(student_features: int, teacher_features: int, dimensions: 
 
 
 class ContrastMemory(NamedTuple):
-    """CRD's state: every example's last embeddings, and the logarithms of the constants that normalise the scores."""
+    """CRD's state: every example's last embeddings, and the logarithms of the constants that normalise the scores.
 
-    student: jax.Array  # [examples, dimensions], float32, unit rows once visited
-    teacher: jax.Array  # [examples, dimensions]
-    student_log_constant: jax.Array  # scalar, -inf until the first call sets it
-    teacher_log_constant: jax.Array  # scalar
+    Attributes:
+      student: `[examples, dimensions]`, float32, unit rows once visited.
+      teacher: `[examples, dimensions]`, likewise.
+      student_log_constant: scalar, -inf until the first call sets it.
+      teacher_log_constant: scalar, likewise.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    student_log_constant: jax.Array
+    teacher_log_constant: jax.Array
 
 
 def contrast_memory(key: jax.Array, examples: int, dimensions: int = 128) -> ContrastMemory:

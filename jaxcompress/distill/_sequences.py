@@ -17,10 +17,15 @@ from jaxcompress.distill._softmax import hard_label_loss
 
 
 class Sequences(NamedTuple):
-    """Sampled continuations of prompts."""
+    """Continuations of prompts: sampled by `sample_sequences`, or fixed data.
 
-    tokens: jax.Array  # [batch, length], integer: the prompt, then the sample
-    where: jax.Array  # [batch, length], True on sampled tokens up to and including the first end token
+    Attributes:
+      tokens: `[batch, length]`, integer: the prompt, then the sample.
+      where: `[batch, length]`, True on sampled tokens up to and including the first end token: those that count.
+    """
+
+    tokens: jax.Array
+    where: jax.Array
 
 
 def sample_sequences(

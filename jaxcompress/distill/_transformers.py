@@ -87,10 +87,15 @@ def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ..
 
 
 class LayerOutputs(NamedTuple):
-    """What an encoder's layers put out."""
+    """What an encoder's layers put out.
 
-    hidden: Sequence[ArrayLike]  # layers + 1 of [batch, tokens, features], the embedding's first
-    attention: Sequence[ArrayLike]  # layers of [batch, heads, tokens, tokens], scores before the softmax
+    Attributes:
+      hidden: `layers + 1` of `[batch, tokens, features]`, the embedding's first.
+      attention: `layers` of `[batch, heads, tokens, tokens]`, scores before the softmax.
+    """
+
+    hidden: Sequence[ArrayLike]
+    attention: Sequence[ArrayLike]
 
 
 def intermediate_loss(
