@@ -98,6 +98,7 @@ def contrast_loss(scores: ArrayLike, examples: int, *, epsilon: float = 1e-7) ->
     negatives = scores.shape[1] - 1
     if negatives < 1:
         raise ValueError("contrast_loss needs at least one negative: scores must be [batch, 1 + negatives]")
+    check_positive(examples, "examples")
     noise = negatives / examples
     log_together = jnp.logaddexp(scores, math.log(noise + epsilon))
     positive = scores[:, 0] - log_together[:, 0]

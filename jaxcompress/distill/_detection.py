@@ -105,6 +105,8 @@ def teacher_bounded_loss(
     Returns:
       One value an anchor or region, `[...]`.
     """
+    if margin < 0:
+        raise ValueError(f"margin must not be below 0, got {margin}")
     s, t, y = _boxes(student_boxes, teacher_boxes, targets, where)
     student_error, teacher_error = jnp.sum((s - y) ** 2, axis=-1), jnp.sum((t - y) ** 2, axis=-1)
     return keep(jnp.where(student_error + margin > teacher_error, student_error, 0), where)

@@ -53,6 +53,8 @@ def sample_sequences(
       `Sequences`.
     """
     prompts = jnp.asarray(prompts)
+    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
+        raise TypeError(f"prompts must be integers [batch, prompt], got {prompts.dtype}{list(prompts.shape)}")
     batch, start = prompts.shape
     if not 1 <= start < length:
         raise ValueError(f"length must exceed the prompt's, and a prompt have a token; got {length} and {start}")
