@@ -42,7 +42,10 @@ def save(
 
     Raises:
       ModuleNotFoundError: `flatbuffers` is not installed.
+      TypeError: one string for platforms.
     """
+    if isinstance(platforms, str):
+        raise TypeError(f"platforms is a tuple of names, such as ({platforms!r},)")
     exported = export.export(jax.jit(lambda *inputs: compressed(fn)(params, *inputs)), platforms=platforms)(*inputs)
     data = exported.serialize()
     with replacing(path) as file:

@@ -120,7 +120,13 @@ def _filled(state: Any, pure: Any) -> Any:
 class FakeQuantized(nnx.Module):
     """An NNX module that computes as `inner` does, under fake quantization. `inner` keeps its parameters as floats.
 
-    model = nnx.FakeQuantized(Net(rngs=rngs), rules=[("kernel$", quantize.Affine(bits=8, activation_bits=8))])
+        model = nnx.FakeQuantized(Net(rngs=rngs), rules=[("kernel$", quantize.Affine(bits=8, activation_bits=8))])
+
+    Args:
+      inner: the module.
+      rules: as in `jaxcompress.quantize.fake`, on `inner`'s paths.
+      ranges: of the inputs, as in `fake`: what `quantize.input_ranges` gives for `functional(inner)`.
+      fold: whether kernels are rounded as the norms behind them will be folded into them, as in `fake`.
     """
 
     def __init__(

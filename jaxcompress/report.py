@@ -20,20 +20,23 @@ from jaxcompress.arrays import Quantized, Sparse, compressed, is_leaf, nbytes
 
 
 class Cost(NamedTuple):
-    """What a model costs to keep and to call."""
+    """What a model costs to keep and to call.
+
+    Attributes:
+      parameters: elements of the weights, as the model sees them.
+      nonzeros: elements that are not zero.
+      nbytes: bytes of the weights in memory.
+      flops: floating-point (and integer multiply-add) operations of one call, by XLA's count of the compiled program.
+      peak_bytes: bytes that one call holds at once: its arguments, results and temporaries, as compiled.
+      latency: seconds a call takes, the median.
+    """
 
     parameters: int
-    """Elements of the weights, as the model sees them."""
     nonzeros: int
-    """Elements that are not zero."""
     nbytes: int
-    """Bytes of the weights in memory."""
     flops: float
-    """Floating-point (and integer multiply-add) operations of one call, by XLA's count of the compiled program."""
     peak_bytes: int
-    """Bytes that one call holds at once: its arguments, results and temporaries, as compiled."""
     latency: float
-    """Seconds a call takes, the median."""
 
 
 def cost(fn: Callable[..., Any], params: Any, *args: Any, rounds: int = 30) -> Cost:

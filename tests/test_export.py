@@ -75,4 +75,6 @@ def test_foreign_and_damaged_files(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         export.save(tmp_path / "m", lambda p, x: p @ x, jnp.ones((3, 4)), jnp.ones((5, 6)))
+    with pytest.raises(TypeError, match=r"platforms is a tuple of names, such as \('cpu',\)"):
+        export.save(tmp_path / "m", lambda p, x: x * p, jnp.ones(3), jnp.ones(3), platforms="cpu")
     assert not list(tmp_path.iterdir())

@@ -134,6 +134,15 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
         static = {name: getattr(self, name) for name in _names(type(self), static=True)}
         return {name: child for name, child in children.items() if child is not None}, static
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        # without it NumPy would make an object of the leaf, and JAX say that it wants a number
+        raise TypeError(
+            f"a {type(self).__name__} weight of shape {self.shape} is no array outside jaxcompress.compressed: run the "
+            f"model as compressed(model.apply)(params, ...), or make arrays of its weights by jaxcompress.dense(params)"
+        )
+
+    __matmul__ = __rmatmul__ = __array__
+
 
 @dataclasses.dataclass(frozen=True)
 class Otherwise:
@@ -147,6 +156,10 @@ def register(primitive: Primitive) -> Callable[[Callable[..., Any]], Callable[..
 
     A decorator like `quax.register`: the rule gets the primitive's operands by position, compressed or not, and its
     parameters by keyword. A rule that can't serve a case after all returns `NotImplemented`, and the dense value does.
+
+        @arrays.register(jax.lax.neg_p)
+        def _negative(w: Blocks, **params):  # of this leaf alone; of two operands `(w: Blocks, x: jax.Array, **params)`
+            return Blocks(-w.blocks)
     """
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:

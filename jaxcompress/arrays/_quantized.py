@@ -76,7 +76,8 @@ class Quantized(Leaf):
         """A leaf from its integer codes, `[*shape]`, and its scales, broadcastable to them but for a grouped axis.
 
         Raises:
-          ValueError: other bits than 8, 4 or 2; scales whose shape is neither shared, per index nor per group.
+          ValueError: other bits than 8, 4 or 2; scales whose shape is neither shared, per index nor per group; codes
+            that are no integers of so many bits, unless traced.
         """
         if bits not in (2, 4, 8):
             raise ValueError(
@@ -89,6 +90,10 @@ class Quantized(Leaf):
                 raise ValueError(
                     f"scale of shape {scale.shape} does not fit codes of shape {codes.shape}, group={group}"
                 )
+        if codes.size and not isinstance(codes, jax.core.Tracer):
+            low, high = -(2 ** (bits - 1)), 2 ** (bits - 1 if levels is None else bits) - 1
+            if not bool(jnp.all((codes >= low) & (codes <= high) & (codes == jnp.round(codes)))):
+                raise ValueError(f"codes of {bits} bits are integers from {low} to {high}; these are not")
         codes = codes.astype(jnp.int8)
         return cls(
             values=pack_signed(codes, bits),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import constant, feature_pair, keep
+from jaxcompress.distill._inputs import check_positive, constant, feature_pair, keep
 from jaxcompress.distill._safe import flat
 
 
@@ -25,6 +25,7 @@ def activation_boundary_loss(
     Returns:
       One value an example, `[batch]`: the sum over its neurons.
     """
+    check_positive(margin, "margin")
     s, t = feature_pair(student, teacher, where, layout="[batch, ...]", same_shape=True)
     short = jax.nn.relu(jnp.where(t > 0, margin - s, s + margin))
     return keep(jnp.sum(flat(short**2), axis=-1), where)

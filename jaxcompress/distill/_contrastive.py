@@ -55,12 +55,19 @@ def contrastive_heads(student_features: int, teacher_features: int, dimensions: 
 
 
 class ContrastMemory(NamedTuple):
-    """CRD's state: every example's last embeddings, and the logarithms of the constants that normalise the scores."""
+    """CRD's state: every example's last embeddings, and the logarithms of the constants that normalise the scores.
 
-    student: jax.Array  # [examples, dimensions], float32, unit rows once visited
-    teacher: jax.Array  # [examples, dimensions]
-    student_log_constant: jax.Array  # scalar, -inf until the first call sets it
-    teacher_log_constant: jax.Array  # scalar
+    Attributes:
+      student: `[examples, dimensions]`, float32, unit rows once visited.
+      teacher: `[examples, dimensions]`, likewise.
+      student_log_constant: scalar, -inf until the first call sets it.
+      teacher_log_constant: scalar, likewise.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    student_log_constant: jax.Array
+    teacher_log_constant: jax.Array
 
 
 def contrast_memory(key: jax.Array, examples: int, dimensions: int = 128) -> ContrastMemory:
@@ -91,6 +98,7 @@ def contrast_loss(scores: ArrayLike, examples: int, *, epsilon: float = 1e-7) ->
     negatives = scores.shape[1] - 1
     if negatives < 1:
         raise ValueError("contrast_loss needs at least one negative: scores must be [batch, 1 + negatives]")
+    check_positive(examples, "examples")
     noise = negatives / examples
     log_together = jnp.logaddexp(scores, math.log(noise + epsilon))
     positive = scores[:, 0] - log_together[:, 0]

@@ -26,8 +26,8 @@ def class_weighted_soft_loss(
 ) -> jax.Array:
     """Soft cross-entropy with a weight a class: `-T^2 sum_c w_c p_teacher,c log p_student,c`.
 
-    Equation 3, against the imbalance of background and objects: the background's weight is larger (1.5 there), the
-    others' 1.
+    Chen et al. 2017, equation 3, against the imbalance of background and objects: the background's weight is larger
+    (1.5 there), the others' 1.
 
     Args:
       student_logits: `[..., classes]`, of anchors or regions.
@@ -58,7 +58,7 @@ def detection_class_loss(
     temperature: Number = 1.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """A head's classification total: `mu * hard + (1 - mu) * class_weighted_soft_loss`, equation 2.
+    """A head's classification total: `mu * hard + (1 - mu) * class_weighted_soft_loss`: Chen et al. 2017, equation 2.
 
     Args:
       student_logits: `[..., classes]`, of anchors or regions.
@@ -92,8 +92,8 @@ def teacher_bounded_loss(
 ) -> jax.Array:
     """The student's squared error, only where it isn't better than the teacher's by a margin.
 
-    `|s - y|^2` if `|s - y|^2 + margin > |t - y|^2`, else 0: equation 4. The teacher's box is a bound to reach, not a
-    target, since a regression's outputs may be wrong without limit.
+    `|s - y|^2` if `|s - y|^2 + margin > |t - y|^2`, else 0: Chen et al. 2017, equation 4. The teacher's box is a bound
+    to reach, not a target, since a regression's outputs may be wrong without limit.
 
     Args:
       student_boxes: `[..., 4]`, encoded box offsets.
@@ -105,6 +105,8 @@ def teacher_bounded_loss(
     Returns:
       One value an anchor or region, `[...]`.
     """
+    if margin < 0:
+        raise ValueError(f"margin must not be below 0, got {margin}")
     s, t, y = _boxes(student_boxes, teacher_boxes, targets, where)
     student_error, teacher_error = jnp.sum((s - y) ** 2, axis=-1), jnp.sum((t - y) ** 2, axis=-1)
     return keep(jnp.where(student_error + margin > teacher_error, student_error, 0), where)
@@ -119,7 +121,7 @@ def detection_box_loss(
     margin: float = 0.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """A head's regression total: `smooth L1(s - y) + nu * teacher_bounded_loss`, equation 4 with its `nu`.
+    """A head's regression total: `smooth L1(s - y) + nu * teacher_bounded_loss`: Chen et al. 2017, equation 4.
 
     Args and result as in `teacher_bounded_loss`; `bound_weight` is `nu`, 0.5 in the paper. The smooth L1 sums over the
     four offsets.

@@ -37,6 +37,8 @@ def factor_transfer_loss(
     Returns:
       One value an example, `[batch]`.
     """
+    if order < 1:
+        raise ValueError(f"order must be 1 or more, got {order}")
     pair = feature_pair(student, teacher, where, same_shape=True)
     if collapse_channels:
         a, b = (jnp.mean(scaled(x, (1, 2, 3))[0] ** 2, axis=-1) for x in pair)

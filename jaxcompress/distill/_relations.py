@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import as_float, check_rank, count_of, feature_pair, mask_of, masked_mean
+from jaxcompress.distill._inputs import (
+    as_float,
+    check_positive,
+    check_rank,
+    count_of,
+    feature_pair,
+    mask_of,
+    masked_mean,
+)
 from jaxcompress.distill._safe import flat, scaled, smooth_l1, unit
 
 _CHUNK_VALUES = 2**18  # of an intermediate made a few rows at a time: 1 MiB in float32
@@ -145,6 +153,7 @@ def similarity_preserving_loss(
     Returns:
       A scalar.
     """
+    check_positive(norm_order, "norm_order")
     # Rows of unit norm do not depend on a common scale, which keeps the products finite.
     pair = (scaled(x, (0, 1))[0] for x in _rows(student, teacher, where))
     ours, theirs = (unit(x @ x.T, order=norm_order) for x in pair)

@@ -17,10 +17,15 @@ from jaxcompress.distill._softmax import hard_label_loss
 
 
 class Sequences(NamedTuple):
-    """Sampled continuations of prompts."""
+    """Continuations of prompts: sampled by `sample_sequences`, or fixed data.
 
-    tokens: jax.Array  # [batch, length], integer: the prompt, then the sample
-    where: jax.Array  # [batch, length], True on sampled tokens up to and including the first end token
+    Attributes:
+      tokens: `[batch, length]`, integer: the prompt, then the sample.
+      where: `[batch, length]`, True on sampled tokens up to and including the first end token: those that count.
+    """
+
+    tokens: jax.Array
+    where: jax.Array
 
 
 def sample_sequences(
@@ -48,6 +53,8 @@ def sample_sequences(
       `Sequences`.
     """
     prompts = jnp.asarray(prompts)
+    if prompts.ndim != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
+        raise TypeError(f"prompts must be integers [batch, prompt], got {prompts.dtype}{list(prompts.shape)}")
     batch, start = prompts.shape
     if not 1 <= start < length:
         raise ValueError(f"length must exceed the prompt's, and a prompt have a token; got {length} and {start}")

@@ -15,18 +15,29 @@ from jaxcompress.distill._topk import count, log_tail, selected
 
 
 class TopKTargets(NamedTuple):
-    """A teacher's `k` largest probabilities at one temperature; every field may be stored in half precision."""
+    """A teacher's `k` largest probabilities at one temperature; both floats may be stored in half precision.
 
-    indices: jax.Array  # [..., k], integer
-    log_probabilities: jax.Array  # [..., k], falling
-    log_tail: jax.Array  # [...], the logarithm of what all other classes weigh; -inf where there are none
+    Attributes:
+      indices: `[..., k]`, integer.
+      log_probabilities: `[..., k]`, falling.
+      log_tail: `[...]`, the logarithm of what all other classes weigh; -inf where there are none.
+    """
+
+    indices: jax.Array
+    log_probabilities: jax.Array
+    log_tail: jax.Array
 
 
 class SampledTargets(NamedTuple):
-    """Classes drawn from a teacher at one temperature, with the weights that make their loss unbiased."""
+    """Classes drawn from a teacher at one temperature, with the weights that make their loss unbiased.
 
-    indices: jax.Array  # [..., samples], integer, repeats included
-    weights: jax.Array  # [..., samples], summing to 1 in expectation
+    Attributes:
+      indices: `[..., samples]`, integer, repeats included.
+      weights: `[..., samples]`, summing to 1 in expectation.
+    """
+
+    indices: jax.Array
+    weights: jax.Array
 
 
 def top_k_targets(teacher_logits: ArrayLike, k: int | float, temperature: Number = 1.0) -> TopKTargets:

@@ -16,9 +16,10 @@ from jaxcompress.distill._inputs import as_float, check_rank, check_same_shape, 
 
 
 def hidden_state_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
-    """The mean square of the difference of two layers' hidden states: equations 8 (hidden) and 9 (embeddings).
+    """The mean square of the difference of two layers' hidden states.
 
-    Project a narrower student first, with one learned `dense_projector` (312 to 768) for all layers.
+    Jiao et al., "TinyBERT", 2020, equations 8 (hidden) and 9 (embeddings). Project a narrower student first,
+    with one learned `dense_projector` (312 to 768) for all layers.
 
     Args:
       student: `[batch, tokens, features]`, projected.
@@ -37,7 +38,9 @@ def hidden_state_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLik
 def attention_matrix_loss(
     student: ArrayLike, teacher: ArrayLike, *, masked_below: float = -1e2, where: ArrayLike | None = None
 ) -> jax.Array:
-    """The mean square of the difference of two layers' attention scores, before the softmax: equation 7.
+    """The mean square of the difference of two layers' attention scores, before the softmax.
+
+    Jiao et al., "TinyBERT", 2020, equation 7.
 
     Args:
       student: `[batch, heads, tokens, tokens]`.
@@ -84,10 +87,15 @@ def uniform_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ..
 
 
 class LayerOutputs(NamedTuple):
-    """What an encoder's layers put out."""
+    """What an encoder's layers put out.
 
-    hidden: Sequence[ArrayLike]  # layers + 1 of [batch, tokens, features], the embedding's first
-    attention: Sequence[ArrayLike]  # layers of [batch, heads, tokens, tokens], scores before the softmax
+    Attributes:
+      hidden: `layers + 1` of `[batch, tokens, features]`, the embedding's first.
+      attention: `layers` of `[batch, heads, tokens, tokens]`, scores before the softmax.
+    """
+
+    hidden: Sequence[ArrayLike]
+    attention: Sequence[ArrayLike]
 
 
 def intermediate_loss(
@@ -100,7 +108,7 @@ def intermediate_loss(
 ) -> jax.Array:
     """The first phase's total: hidden states of the embedding and of every layer, and every layer's attention.
 
-    The sum over the student's layers of equation 11's terms, with weights 1.
+    The sum over the student's layers of equation 11's terms (Jiao et al., "TinyBERT", 2020), with weights 1.
 
     Args:
       student: its `LayerOutputs`.

@@ -99,6 +99,8 @@ def taken_apart(
 ) -> Spectrum:
     """The spectrum of a tree's weight; what it raises names the weight."""
     try:
+        if not isinstance(spec, Svd):
+            raise TypeError(f"want a rule such as Svd(rank=8), or None, got {spec!r}")
         if is_leaf(leaf):
             raise TypeError(f"it is a {type(leaf).__name__} already; factorize float weights")
         if inputs is not None and name not in inputs:

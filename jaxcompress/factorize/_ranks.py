@@ -64,7 +64,7 @@ def ranks(
     chosen = {name: (leaf, spec) for (name, leaf), spec in zip(leaves, specs, strict=True) if spec is not None}
     choices = {}
     for name, (leaf, spec) in chosen.items():
-        if (spec.rank, spec.energy, spec.ratio) != (None, None, None):
+        if isinstance(spec, Svd) and (spec.rank, spec.energy, spec.ratio) != (None, None, None):
             raise ValueError(f"ranks chooses the rank of {name!r} itself: leave it out of {spec}")
         choices[name] = _choices(taken_apart(name, leaf, spec, inputs, damping), spec.round_to, relative)
     taken = _allocated(choices, budget)

@@ -20,14 +20,14 @@ lets the kept weights make up for the pruned ones, or by `wanda_one_shot`.
 
 `penalize` and `proximal` make weights, or whole groups of them, small or exactly zero while they are trained (network
 slimming, group lasso). `tickets` finds sparse networks round by round, and takes them apart: lottery tickets and
-supermasks.
+supermasks. `channels` cuts whole units out, so that what is left is smaller and faster.
 
 The masks live in the optimizer's state, so they are sharded, saved and restored with it. `masks` reads them there,
 `apply_masks` brings them to parameters that came another way (averages, checkpoints), `to_sparse` stores the pruned
 weights as bits and kept values, `sparsity` counts zeros, `threshold` is the exact quantile of a whole model's scores.
 """
 
-from jaxcompress.prune import tickets
+from jaxcompress.prune import channels, tickets
 from jaxcompress.prune._around import AroundState, around
 from jaxcompress.prune._distributions import erk
 from jaxcompress.prune._fixed import choose, fixed
@@ -80,6 +80,7 @@ __all__ = [
     "at_random",
     "batch_norm_scale",
     "by_gradient",
+    "channels",
     "check_finite",
     "choose",
     "cosine",

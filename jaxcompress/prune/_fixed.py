@@ -70,7 +70,7 @@ def fixed(masks: Any, *, packed: bool = True) -> optax.GradientTransformationExt
       packed: as for `sparsify`.
 
     Returns:
-      A transformation; its `init` raises ValueError if a mask finds no parameter of its path and shape.
+      A transformation; its `init` raises ValueError if a mask is not bool, or finds no parameter of its path and shape.
     """
     given = {name: mask for name, mask in paths.named_leaves(masks) if mask is not None}
 
@@ -83,6 +83,10 @@ def fixed(masks: Any, *, packed: bool = True) -> optax.GradientTransformationExt
         for name, x in named:
             if name in given and given[name].shape != x.shape:
                 raise ValueError(f"the mask of {name!r} has shape {given[name].shape}, but the parameter has {x.shape}")
+            if name in given and given[name].dtype != bool:
+                raise ValueError(
+                    f"the mask of {name!r} is {given[name].dtype}: want bool, True for a weight that stays"
+                )
         own = [stored_beside(x, given[name], packed) if name in given else None for name, x in named]
         return SparsifyState(jnp.zeros((), jnp.int32), treedef.unflatten(own))
 

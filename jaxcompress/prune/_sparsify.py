@@ -65,7 +65,8 @@ def sparsify(
       concrete `init`, for masks of other parameters (a restored state), and for an `update` without parameters. Its
       updates have the dtype of the parameters wherever a rule matched.
     """
-
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule is a Schedule, such as polynomial(begin, end) or one_shot(), got {schedule!r}")
     accumulated = isinstance(score, Accumulated)
 
     def init_fn(params: Any) -> SparsifyState:

@@ -15,20 +15,23 @@ from jaxcompress.quantize._convert import Scheme, converted_leaf
 
 
 class LayerCost(NamedTuple):
-    """What one scheme does to one weight, all others staying float."""
+    """What one scheme does to one weight, all others staying float.
+
+    Attributes:
+      name: the weight's path.
+      scheme: the scheme's name.
+      nbytes: what the compressed weight stores.
+      weight_snr: signal to noise of the weights, in dB: `10 log10(|w|^2 / |w - w'|^2)`; infinite where nothing is lost.
+      output_snr: the same of what the layer gives, from the inputs that the float model has there, over the batches.
+      loss: the mean loss over the batches with this weight alone compressed; NaN if no loss was given, or it is none.
+    """
 
     name: str
-    """The weight's path."""
     scheme: str
-    """The scheme's name."""
     nbytes: int
-    """What the compressed weight stores."""
     weight_snr: float
-    """Signal to noise of the weights, in dB: `10 log10(|w|^2 / |w - w'|^2)`; infinite where nothing is lost."""
     output_snr: float
-    """The same of what the layer gives, from the inputs that the float model has there, over the batches."""
     loss: float
-    """The mean loss over the batches with this weight alone compressed; NaN if no loss was given, or it is none."""
 
 
 def layer_costs(
@@ -41,10 +44,10 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Each scheme on each weight that `rules` choose, one at a time: where rounding hurts.
 
-        costs = quantize.layer_costs(fn, params, batches, {"kernel$": True},
-                                     {"8": Affine(8), "4": Affine(4, group=(0, 32)), "2": Affine(2)}, loss)
+        schemes = {"8": Affine(8), "4": Affine(4, group=(0, 32)), "2": Affine(2)}
+        costs = quantize.layer_costs(fn, params, batches, {"kernel$": True}, schemes, loss)
         chosen = quantize.allocate(costs, budget=20_000)  # {"Dense_0/kernel": "4", ...}
-        small = quantize.convert(params, [(f"^{name}$", schemes[s]) for name, s in chosen.items()])
+        small = quantize.convert(params, quantize.chosen_rules(chosen, schemes))
 
     Args:
       fn: `fn(params, batch)`, the model.
@@ -60,6 +63,8 @@ def layer_costs(
     Raises:
       UnmatchedRuleError, TypeError, ValueError: as `convert` and `calibrate.input_values`.
     """
+    if not isinstance(schemes, Mapping):
+        raise TypeError(f'schemes have names, as in {{"8": Affine(8), "4": Affine(4)}}, got {schemes!r}')
     batches, leaves = list(batches), dict(named_leaves(params, is_leaf))
     names = chosen_weights(params, rules)
     tree = jax.tree.structure(params, is_leaf=is_leaf)

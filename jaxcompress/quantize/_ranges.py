@@ -85,8 +85,8 @@ class Percentile:
     bins: int = 2048
 
     def __post_init__(self) -> None:
-        if not 0 < self.percent <= 100 or self.bins < 2:
-            raise ValueError(f"percent is above 0 and at most 100, of at least 2 bins, got {self.percent}, {self.bins}")
+        if not 1 < self.percent <= 100 or self.bins < 2:  # 0.999 is meant as a share
+            raise ValueError(f"percent is above 1 and at most 100, of at least 2 bins, got {self.percent}, {self.bins}")
 
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
         """To within a bin's width."""
@@ -178,7 +178,9 @@ def input_ranges(
       params: a tree of arrays, float or compressed (weights that GPTQ rounded, say).
       batches: calibration data, like those of training; a list, where the method needs a histogram.
       rules: those of `convert`; weights whose rule has no `activation_bits` are left out.
-      method: `MinMax` (of all batches, or a moving average), `Percentile`, `LeastSquares` or `Entropy`.
+      method: `MinMax` (of all batches, or a moving average), `Percentile`, `LeastSquares` or `Entropy`; or what has
+        `bins`, of the histogram that it needs (0 for none), and `choose(seen, bits) -> (low, high)`, where `seen` has
+        `low` and `high` of each batch, the histogram's `middles` and `counts`, and whether the range is `symmetric`.
       symmetric: the same range both ways, without a zero point. Otherwise all integers cover [low, high], which is a
         bit more for what comes out of a rectifier, at the price of a correction of each product.
 
@@ -197,6 +199,10 @@ def input_ranges(
     }
     if not specs:
         raise ValueError("no rule asks for quantized inputs: give an Affine activation_bits")
+    if isinstance(method, type) or not (hasattr(method, "choose") and hasattr(method, "bins")):
+        raise TypeError(
+            f"method is MinMax(), Percentile(99.9), LeastSquares(), Entropy() or has bins and choose; got {method!r}"
+        )
     if method.bins < 0 or method.bins % 2 or getattr(method, "fractions", 1) < 1:
         raise ValueError(
             f"a method's histogram has an even number of bins, which fold into magnitudes; of fractions at least one: "

@@ -19,8 +19,10 @@ Pairs = Sequence[tuple[Sequence[str], Sequence[str]]]
 
 
 def check_pairs(pairs: Pairs, names: Sequence[str]) -> None:
-    """Raises ValueError for paths that aren't there."""
+    """Raises ValueError for paths that aren't there, TypeError for one in place of a list."""
     for front, weights in pairs:
+        if isinstance(front, str) or isinstance(weights, str):
+            raise TypeError(f"a pair is two lists of paths, got {(front, weights)}")
         if not front or not weights:
             raise ValueError(f"a pair names parameters in front and weights behind, got {front} and {weights}")
         for name in (*front, *weights):

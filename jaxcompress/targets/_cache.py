@@ -87,7 +87,12 @@ def build(
         cache = TargetCache(directory, teacher=teacher, data=data)
         compare(directory, cache.header, header_for(cache.header.shape))
     writer: PartWriter | None = None
-    for examples, seeds, inputs in batches:
+    for batch in batches:
+        if not isinstance(batch, Sequence) or len(batch) != 3:
+            raise ValueError(
+                "batches are triples (examples' numbers, seeds of their augmentation or one number, inputs)"
+            )
+        examples, seeds, inputs = batch
         keys = _key_rows(examples, seeds)
         missing = np.ones(len(keys), bool) if cache is None else cache.find(keys) < 0
         if writer is not None:

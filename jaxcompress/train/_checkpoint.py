@@ -150,7 +150,8 @@ class Checkpoints:
         there = self.all_steps()
         step = self.latest_step() if step is None else step
         if step is None or step not in there:
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {there}")
+            which = "" if step is None else f" of step {step}"
+            raise FileNotFoundError(f"no checkpoint{which} in {self.directory}; there are {there or 'none'}")
         read = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         targets = _named(_targets(state))
         self._compare(step, read.meta, targets, _static(state))

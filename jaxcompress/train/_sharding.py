@@ -61,6 +61,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules[PartitionSpec] = ()) -> Any:
       UnmatchedRuleError: a rule matches nothing.
       ValueError: a spec names an axis that the mesh lacks, or has more axes than a leaf that it is for.
     """
+    if isinstance(rules, PartitionSpec):
+        raise TypeError(f'rules are pairs of a pattern and a spec: [("", {rules})] for all leaves')
     rules = list(rules.items()) if not isinstance(rules, Sequence) else list(rules)
     for pattern, spec in rules:
         _check(pattern, spec, mesh)

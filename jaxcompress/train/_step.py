@@ -15,24 +15,28 @@ from jaxcompress.train._state import Optimizer, TrainState, split, strong
 
 
 class Context(NamedTuple):
-    """What a loss may use beside the parameters and the batch."""
+    """What a loss may use beside the parameters and the batch.
+
+    Attributes:
+      extras: the state's extras: batch statistics, a moving average of the params.
+      frozen: what the caller hands in and nothing trains: a teacher's variables, several teachers', weights of a
+        schedule.
+      key: this step's own typed key. Split it for several uses.
+      step: int32 scalar: the steps taken before this one, for schedules.
+      opt_state: the optimizer's state, where the forward pass asks it: `prune.straight_through(params,
+        context.opt_state)`.
+    """
 
     extras: Any
-    """The state's extras: batch statistics, a moving average of the params."""
     frozen: Any
-    """What the caller hands in and nothing trains: a teacher's variables, several teachers', weights of a schedule."""
     key: jax.Array
-    """This step's own typed key. Split it for several uses."""
     step: jax.Array
-    """int32 scalar: the steps taken before this one, for schedules."""
     opt_state: Any = None
-    """The optimizer's state, where the forward pass asks it: `prune.straight_through(params, context.opt_state)`."""
 
 
 Metrics = Mapping[str, jax.Array]
 LossFn = Callable[[Any, Any, Context], tuple[jax.Array, Metrics, Any]]
-"""`loss_fn(params, batch, context) -> (loss, metrics, extras)`: a scalar to descend, scalars to report by name, and the
-next step's extras (`context.extras` itself where nothing changes)."""
+"""What `make_step` takes."""
 
 
 def make_step(
@@ -64,7 +68,8 @@ def make_step(
     `value_fn=`, for the transformations that ask for them.
 
     Args:
-      loss_fn: see `LossFn`.
+      loss_fn: `loss_fn(params, batch, context) -> (loss, metrics, extras)`: a scalar to descend, scalars to report by
+        name, and the next step's extras (`context.extras` itself where nothing changes). See `Context`.
       tx: the optimizer with which the state was created.
       batch_axis: the mesh axis (or axes) along which the batch's rows lie.
       grad_norm: report the gradient's global L2 norm, in float32. It costs one more reading of the gradient.
@@ -100,8 +105,8 @@ class Step:
         """Takes the step. `state` is donated; `frozen` lies on the state's mesh, the batch may come from the host.
 
         Raises:
-          ValueError: state and `frozen` do not lie on one mesh, or share an array; the loss's results are not what a
-            step can use.
+          ValueError: state and `frozen` do not lie on one mesh, or share an array; the state is of another optimizer;
+            the loss's results are not what a step can use.
         """
         # the state that the last call returned lies where that call put it: no need to look at every leaf again
         if self._current is None or state is not self._last_state() or frozen is not self._last_frozen:
@@ -144,6 +149,7 @@ def _take(
     loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, state: TrainState, batch: Any, frozen: Any
 ) -> tuple[TrainState, dict[str, jax.Array], Any]:
     trained, fixed = split(state.params)
+    _check_optimizer(tx, trained, state.opt_state)
     key = jax.random.fold_in(state.key, state.step)
     context = Context(state.extras, frozen, key, state.step, state.opt_state)
 
@@ -164,6 +170,16 @@ def _take(
         key=state.key,
     )
     return new, {"loss": loss, **metrics}, gradient
+
+
+def _check_optimizer(tx: optax.GradientTransformationExtraArgs, trained: Any, opt_state: Any) -> None:
+    """Another optimizer's state may pass through an update and change nothing, or half of it."""
+    try:
+        own: Any = jax.tree.structure(jax.eval_shape(tx.init, trained))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return  # an init that reads values can't be asked here
+    if own != jax.tree.structure(opt_state):
+        raise ValueError("the state is of another optimizer than the step: give TrainState.create and make_step one tx")
 
 
 def _norm(gradient: Any) -> jax.Array:

@@ -29,6 +29,12 @@ def values(shape, seed=1, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.parametrize("fn", [lambda w: jnp.ones((2, 6)) @ w, lambda w: w @ jnp.ones(8), jnp.asarray, np.asarray])
+def test_a_leaf_outside_compressed_says_what_to_call(fn):
+    with pytest.raises(TypeError, match=r"a Quantized weight of shape \(6, 8\) .* compressed\(model.apply\)"):
+        fn(quantized((6, 8)))
+
+
 @pytest.fixture(params=[1 << 18, 64], ids=["one tile", "many tiles"])
 def tile(request, monkeypatch):
     monkeypatch.setattr(_sparse_rules, "TILE", request.param)

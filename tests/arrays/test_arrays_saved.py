@@ -86,3 +86,6 @@ def test_from_codes_refuses():
     for shape in [(6,), (1, 3), (2, 6)]:
         with pytest.raises(ValueError, match="does not fit codes"):
             Quantized.from_codes(codes, jnp.ones(shape))
+    for wrong, bits in [(8, 4), (-9, 4), (2, 2), (128, 8), (0.5, 8), (jnp.nan, 8)]:
+        with pytest.raises(ValueError, match=f"codes of {bits} bits are integers from"):
+            Quantized.from_codes(jnp.full((4, 6), wrong), jnp.ones((1, 6)), bits=bits)

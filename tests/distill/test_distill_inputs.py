@@ -96,6 +96,10 @@ def test_shares_and_weights_out_of_range():
         (lambda: distill.ensemble_targets(np.stack([Z, T]), weights=[-1, 2]), "must not be negative, nor all 0"),
         (lambda: distill.ensemble_targets(np.stack([Z, T]), weights=[0, 0]), "must not be negative, nor all 0"),
         (lambda: distill.correlation_matrix(Z[None]), r"features must be \[batch, features\]"),
+        (lambda: distill.activation_boundary_loss(Z, T, margin=-1.0), "margin must be above 0"),
+        (lambda: distill.factor_transfer_loss(Z[..., None, None], T[..., None, None], order=0), "order must be 1"),
+        (lambda: distill.similarity_preserving_loss(Z, T, norm_order=0), "norm_order must be above 0"),
+        (lambda: distill.contrast_loss(Z, 0), "examples must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -228,7 +228,10 @@ def test_bad_input(rng):
         (lambda: distill.sample_sequences(bigram, np.zeros((1, 1), int), 3, key, temperature=-1.0), "temperature"),
         (lambda: distill.mix_sequences(key, sequence, longer, 0.5), "one shape"),
         (lambda: distill.mix_sequences(key, sequence, sequence, 1.5), "student_share"),
+        (lambda: distill.teacher_bounded_loss(boxes, boxes, boxes, margin=-1.0), "margin must not be below 0"),
+        (lambda: distill.sample_sequences(bigram, np.zeros((1, 1)), 3, key), "prompts must be integers"),
+        (lambda: distill.sample_sequences(bigram, np.zeros(1, int), 3, key), r"\[batch, prompt\]"),
     ]
     for call, message in wrong:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             call()

@@ -106,5 +106,7 @@ def test_refused():
         factorize.ranks(PARAMS, CHOSEN, 59)
     with pytest.raises(ValueError, match="rank of 'a' itself"):
         factorize.ranks(PARAMS, {"^a$": Svd(rank=3)}, 100)
+    with pytest.raises(TypeError, match="'a': want a rule such as Svd"):
+        factorize.ranks(PARAMS, {"^a$": 3}, 100)
     with pytest.raises(ValueError, match="cannot factorize 'bias'"):
         factorize.ranks(PARAMS, {"bias": Svd()}, 100)

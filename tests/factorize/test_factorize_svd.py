@@ -184,6 +184,7 @@ def test_refused():
             "makes no weight smaller.*'b/",
         ),
         (lambda: factorize.convert(PARAMS, {"a/kernel": Svd()}), "give Svd one of rank, energy and ratio"),
+        (lambda: factorize.convert(PARAMS, {"a/kernel": 2}), "'a/kernel': want a rule such as Svd"),
         (lambda: factorize.convert(bad, {"c/kernel": Svd(rank=1)}), "'c/kernel'.*non-finite"),
         (lambda: factorize.convert(bad, {"^n$": Svd(rank=1)}), "'n'.*int32"),
         (lambda: factorize.convert(PARAMS, {"bias": Svd(rank=1)}), "'a/bias'.*can't have the rows"),

@@ -87,6 +87,8 @@ def test_bad_scores_and_masks() -> None:
         prune.fixed({"w": jnp.ones(3, bool)}).init({"v": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"'w' has shape \(3,\), but the parameter has \(4,\)"):
         prune.fixed({"w": jnp.ones(3, bool)}).init({"w": jnp.ones(4)})
+    with pytest.raises(ValueError, match="the mask of 'w' is float32: want bool"):
+        prune.fixed({"w": jnp.ones(4)}).init({"w": jnp.ones(4)})
     tx, w = prune.fixed({"w": jnp.ones(3, bool)}), {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="the pruning state is of other parameters"):
         tx.update(w, prune.fixed({}).init({"v": jnp.ones(3)}), w)

@@ -260,6 +260,11 @@ def test_bad_rules_and_weights(rules, params, error, message: str) -> None:
         prune.sparsify(rules, prune.one_shot()).init(params)
 
 
+def test_a_schedule_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"schedule is a Schedule, .* got 10"):
+        prune.sparsify({"kernel": 0.5}, 10)
+
+
 def test_an_initial_sparsity_above_the_final_one() -> None:
     with pytest.raises(ValueError, match=r"'dense/kernel': the schedule starts at sparsity 0.7"):
         prune.sparsify({"kernel": 0.5}, prune.polynomial(0, 5, initial=0.7)).init(P)

@@ -85,6 +85,8 @@ def test_refuses(trained):
     }.items():
         with pytest.raises(ValueError, match=message):
             quantize.awq(model, params, batches, rules, pairs)
+    with pytest.raises(TypeError, match="a pair is two lists of paths"):
+        quantize.awq(model, params, batches, rules, [("norm", "q")])
     with pytest.raises(ValueError, match="not an iterator"):
         quantize.awq(model, params, iter(batches), rules, PAIRS)
     with pytest.raises(TypeError, match="an Affine grid, got the rule 4"):

@@ -17,7 +17,7 @@ def test_the_guide_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None
     size = {name: int(re.search(r"([\d,]+) bytes", line)[1].replace(",", "")) for name, line in found.items()}
     loss = {name: float(line.split()[-1]) for name, line in found.items()}
     assert size["8 bits"] < 0.3 * size["float"] and size["4 bits"] < 0.22 * size["float"]
-    for name in ("8 bits", "dynamic", "static", "outputs first"):
+    for name in ("8 bits", "dynamic", "static", "4 deviations", "outputs first"):
         assert loss[name] < loss["float"] + 0.01, found[name]
     assert max(loss["gptq"], loss["adaround"]) < loss["3 bits"]
     assert loss["4 values, trained"] < loss["4 values"]

@@ -143,6 +143,9 @@ def test_refuses(rng):
         quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(bins=255))
     with pytest.raises(ValueError, match="of fractions at least one"):
         quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(fractions=0))
-    for percent, bins in ((0, 2048), (99, 0)):
+    for method in (quantize.MinMax, "minmax"):
+        with pytest.raises(TypeError, match=r"method is MinMax\(\), "):
+            quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, method)
+    for percent, bins in ((0, 2048), (0.999, 2048), (99, 0)):
         with pytest.raises(ValueError, match="percent"):
             Percentile(percent, bins)

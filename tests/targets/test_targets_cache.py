@@ -319,6 +319,7 @@ def test_damage_and_bad_input(tmp_path, rng):
     for call, message in [
         (lambda: make(tmp_path / "a"), "gave no example"),
         (lambda: make(tmp_path / "a", (np.arange(3), 0, logits)), "for 3 examples"),
+        (lambda: make(tmp_path / "a", (np.arange(4), logits)), "batches are triples"),
         (lambda: make(tmp_path / "a", (np.arange(4.0), 0, logits)), "examples must be integers"),
         (lambda: make(tmp_path / "a", (np.arange(4), 0, logits * np.nan)), "are NaN"),
         (lambda: make(tmp_path / "a", (np.arange(4), 0, np.where(logits > 1, np.inf, logits))), "largest is infinite"),

@@ -156,6 +156,8 @@ def test_rules_that_cannot_be_followed(mesh):
         train.shardings(tree, mesh, [("kernel", P("heads"))])
     with pytest.raises(ValueError, match=r"has 2 axes, but 'bias' has shape \(8,\)"):
         train.shardings(tree, mesh, {".*": P(None, "model")})
+    with pytest.raises(TypeError, match="rules are pairs of a pattern and a spec"):
+        train.shardings(tree, mesh, P("data"))
     with pytest.raises(TypeError, match="want a PartitionSpec"):
         train.shardings(tree, mesh, [("kernel", "model")])
 

@@ -445,6 +445,15 @@ def test_states_that_no_step_can_use():
         train.TrainState.create({"w": jnp.arange(3)}, tx, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("other", [optax.sgd(0.1), optax.adam(0.1), optax.adam(optax.constant_schedule(0.1))])
+def test_a_state_of_another_optimizer_is_refused(other):
+    for own in (optax.sgd(0.1, momentum=0.9), optax.adamw(0.1)):
+        with pytest.raises(ValueError, match="the state is of another optimizer than the step"):
+            train.make_step(lambda p, b, c: (jnp.sum(p), {}, c.extras), own)(
+                train.TrainState.create(jnp.ones(3), other, key=jax.random.key(0)), {}
+            )
+
+
 def test_what_lies_elsewhere_is_refused():
     tx, mesh = optax.sgd(0.1), train.make_mesh()
     step = train.make_step(loss_fn, tx)

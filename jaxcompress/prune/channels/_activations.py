@@ -47,12 +47,15 @@ def activation(
 
     Raises:
       ValueError: no batches; an unknown statistic; activations behind `stop_gradient`, which give no cotangent.
+      TypeError: a batch that is no tuple.
     """
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic must be one of {', '.join(_STATISTICS)}, got {statistic!r}")
     step: Any = None
     sums: Any = None
     for args in batches:
+        if not isinstance(args, Sequence):
+            raise TypeError(f"a batch is a tuple of the function's inputs, (x,) of one; got {type(args).__name__}")
         args = tuple(args)
         if step is None:
             step, places = _prepared(groups, fn, params, args, statistic)

@@ -62,6 +62,8 @@ def plan(
         raise ValueError("give exactly one of ratio, parameters, flops and until")
     if scope not in ("local", "global", "isomorphic"):
         raise ValueError(f"scope must be 'local', 'global' or 'isomorphic', got {scope!r}")
+    if normalize not in ("mean", "max", None):
+        raise ValueError(f"normalize must be 'mean', 'max' or None, got {normalize!r}")
     if round_to < 1 or minimum < 1 or not 0 < max_ratio <= 1:
         raise ValueError(
             f"want round_to >= 1, minimum >= 1, 0 < max_ratio <= 1; got {round_to}, {minimum}, {max_ratio}"
@@ -107,6 +109,10 @@ def _checked(groups: Groups, scores: Mapping[str, Any], inexact: bool) -> dict[s
     by_name = {group.name: group for group in groups}
     if not by_name:
         raise ValueError(f"the function has no groups to choose from:\n{groups}")
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"scores are a dict, group name -> [units], as channels.norm gives; got {type(scores).__name__}"
+        )
     checked = {}
     for name, s in scores.items():
         if name not in by_name:

@@ -194,6 +194,7 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
 
     Raises:
       ValueError: a name that is no group, a number that is no unit, or a parameter's axis would become empty.
+      TypeError: a mask in place of numbers.
     """
     stays: dict[tuple[str, int], np.ndarray] = {}
     widths = {}
@@ -202,7 +203,10 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
         if name not in known:
             raise ValueError(f"no group {name!r}; there are {', '.join(sorted(known))}")
     for group in groups:
-        gone = np.unique(np.asarray(dropped.get(group.name, ()), np.int64))
+        units = np.asarray(dropped.get(group.name, ()))
+        if units.dtype == bool:
+            raise TypeError(f"units are given by number: of a mask of {group.name!r} take np.flatnonzero")
+        gone = np.unique(units.astype(np.int64))
         if gone.size and (gone[0] < 0 or gone[-1] >= group.size):
             raise ValueError(f"group {group.name!r} has units 0 to {group.size - 1}, got {gone[0]} to {gone[-1]}")
         if len(gone) == group.size:

@@ -18,6 +18,8 @@ from jaxcompress.prune.channels._groups import Group, Groups, Member
 
 Scores = dict[str, np.ndarray]
 
+_ROLES = ("in", "out", "scale", "shift")
+
 _REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda x: x.sum(axis=0),
     "mean": lambda x: x.mean(axis=0),
@@ -38,15 +40,13 @@ def from_weights(groups: Groups, weights: Any, roles: Sequence[str] | None = ("o
       reduce: how the members' sums become one score: `sum`, `mean`, `max`, `prod`, `geometric` (mean), `first`.
 
     Raises:
-      ValueError: `weights` is no tree like the parameters, or `reduce` is unknown.
+      ValueError: `weights` is no tree like the parameters, or a role or `reduce` is unknown.
     """
-    if reduce not in _REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(_REDUCTIONS)}, got {reduce!r}")
     leaves = _leaves(groups, weights)
     scores = {}
     for group in groups:
         sums = [_of_member(m, leaves[m.path]).sum(axis=1) for m in _chosen(group, roles)]
-        scores[group.name] = _REDUCTIONS[reduce](np.stack(sums))
+        scores[group.name] = _REDUCTIONS[_known(reduce)](np.stack(sums))
     return scores
 
 
@@ -154,6 +154,8 @@ def _known(reduce: str) -> str:
 
 
 def _chosen(group: Group, roles: Sequence[str] | None) -> list[Member]:
+    if roles is not None and (isinstance(roles, str) or not set(roles) <= set(_ROLES)):
+        raise ValueError(f"roles are a tuple of some of {', '.join(_ROLES)}, or None, got {roles!r}")
     found = [m for m in group.members if roles is None or m.roles & set(roles)]
     return found or list(group.members)
 

@@ -103,6 +103,14 @@ def test_scores_by_hand():
     assert channels.random(groups, jax.random.key(0))[name].shape == (8,)
 
 
+@pytest.mark.parametrize("score", [channels.norm, channels.lamp, channels.geometric_median, channels.from_weights])
+@pytest.mark.parametrize("roles", ["out", ("outputs",)])
+def test_a_role_that_there_is_not_is_refused(score, roles):
+    params, x = setting()
+    with pytest.raises(ValueError, match=r"roles are a tuple of some of in, out, scale, shift"):
+        score(channels.groups(dense, params, x), params, roles=roles)
+
+
 def test_slimming_ranks_scales_of_all_layers_together_and_leaves_the_rest():
     fn, params, args = ZOO["resnet_projection"]()
     groups = channels.groups(fn, params, *args)
@@ -278,8 +286,12 @@ def test_errors_say_what_is_wrong():
         (lambda: channels.groups(dense, {**params, "w1": Sparse.from_dense(params["w1"])}, x), "compressed"),
         (lambda: channels.norm(groups, {"w1": params["w1"]}), "of another tree"),
         (lambda: channels.from_weights(groups, params, reduce="median"), "reduce must be"),
+        (lambda: channels.plan(groups, scores, 0.5, scope="global", normalize="sum"), "normalize must be"),
+        (lambda: channels.plan(groups, scores["w1[1]"], 0.5), "scores are a dict"),
+        (lambda: channels.from_units(groups, {"w1[1]": np.arange(8) < 4}), "np.flatnonzero"),
+        (lambda: channels.activation(groups, dense, params, [x]), "a batch is a tuple"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             wrong()
     with pytest.raises(UnmatchedRuleError):
         channels.plan(groups, scores, {"typo": 0.5})
