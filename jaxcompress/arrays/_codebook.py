@@ -72,7 +72,7 @@ class Codebook(Leaf):
 
         A TPU looks up slowly and writes down what it finds; selects among at most `FUSED` it fuses into a product.
         """
-        return _choose(_zeroed(self.centroids) if self.keep_zeros else self.centroids, self.codes())
+        return _choose(_values(self.centroids, self.keep_zeros), self.codes())
 
     def columns(self) -> list["Codebook"]:
         """Of packed indices the first of each byte, the second of each, ..., each unpacked; or the weight alone."""
@@ -119,16 +119,16 @@ class Codebook(Leaf):
 
 def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"], keep_zeros: bool) -> Any:
     """Each index's centroid, from its block's codebook."""
-    if keep_zeros:
-        centroids = _zeroed(centroids)
+    centroids = _values(centroids, keep_zeros)
     if all(size == 1 for size in centroids.shape[:-1]):
         return from_table(centroids.reshape(-1), indices)
     wide = jnp.take_along_axis(centroids, indices[..., None].astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     return jnp.squeeze(wide, -1)
 
 
-def _zeroed(centroids: Array) -> Array:
-    return centroids.at[..., 0].set(0)  # not a centroid that happens to be zero: it would learn
+def _values(centroids: Array, keep_zeros: bool) -> Array:
+    # not a centroid that happens to be zero: it would learn
+    return centroids.at[..., 0].set(0) if keep_zeros else centroids
 
 
 @jax.jit

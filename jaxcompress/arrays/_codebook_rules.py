@@ -18,7 +18,6 @@ from jaxcompress.arrays._products import (
     by_columns,
     compute_dtype,
     constrain_like,
-    doubled,
     is_float,
     register_product,
 )
@@ -34,15 +33,13 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
     def product(x: Array, w: Codebook, decode: Callable[[Codebook], Array] = Codebook.materialise) -> Array:
         return lax.dot_general(x, decode(w), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
 
-    def chosen(x: Array) -> Array:
+    def chosen() -> Array:
         return by_columns(functools.partial(product, decode=Codebook.chosen), x, w, dims)
 
     def whole() -> Array:
         if kwargs["out_sharding"] is not None or w.centroids.shape[-1] > FUSED:
             return product(x, w)
-        alone = dims.rows(x) == 1  # for a single row a TPU would write the weight out
-        on_tpu = (lambda: doubled(chosen, x, dims)) if alone else lambda: chosen(x)
-        return lax.platform_dependent(tpu=on_tpu, default=lambda: product(x, w))
+        return lax.platform_dependent(tpu=chosen, default=lambda: product(x, w))
 
     return tiled(product, x, w, dims, whole=whole).astype(params["preferred_element_type"] or x.dtype)
 

@@ -27,6 +27,11 @@ class MadeDenseError(TypeError):
     """Under `strict`, a compressed weight met a primitive that has no rule for it and would have been made dense."""
 
 
+def _names(cls: type, static: bool) -> list[str]:
+    """The names of a leaf's children, or of its static fields, in the order in which the pytree has them."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("static", False) == static]
+
+
 if TYPE_CHECKING:
     from quax._module import _FastModuleMeta as _ValueType
 else:
@@ -46,9 +51,7 @@ class _LeafType(_ValueType):
             raise TypeError(f"{name}: a leaf is made of its fields alone; give it a classmethod instead of an __init__")
         made: type = ABCMeta.__new__(cls, name, bases, namespace, **kwargs)
         dataclasses.dataclass(repr=False, eq=False)(made)
-        static = [field.name for field in dataclasses.fields(made) if field.metadata.get("static", False)]
-        children = [field.name for field in dataclasses.fields(made) if field.name not in static]
-        return jax.tree_util.register_dataclass(made, children, static)
+        return jax.tree_util.register_dataclass(made, _names(made, static=False), _names(made, static=True))
 
     __call__ = type.__call__
 
@@ -131,7 +134,7 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
     def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The leaf taken apart: (children by name, absent ones left out; static fields by name)."""
         children = {name: getattr(self, name) for name in _names(type(self), static=False)}
-        static = {name: getattr(self, name) for name in _names(type(self), static=True)}
+        static = {name: getattr(self, name) for name in _names(type(self), static=True) if name != "strict"}
         return {name: child for name, child in children.items() if child is not None}, static
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,18 +242,8 @@ def _record(primitive: Primitive, values: Sequence[Any], how: str) -> None:
         hits.update((type(x).__name__, primitive.name, how) for x in values if is_leaf(x))
 
 
-def _names(cls: type[Leaf], static: bool) -> list[str]:
-    """The names of a leaf's children, or of its static fields, in the order in which the pytree has them."""
-    return [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.metadata.get("static", False) == static and field.name != "strict"
-    ]
-
-
 def _serialize_static(cls: type[Leaf], auxdata: Any) -> bytes:
-    names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static", False)]
-    return json.dumps(dict(zip(names, auxdata, strict=True))).encode()
+    return json.dumps(dict(zip(_names(cls, static=True), auxdata, strict=True))).encode()
 
 
 def _from_children(cls: type[Leaf], static: dict[str, Any], children: Sequence[Any]) -> Leaf:

@@ -32,7 +32,6 @@ from jaxcompress.arrays._products import (
     by_columns,
     compute_dtype,
     derived_from,
-    doubled,
     is_float,
     register_product,
 )
@@ -108,16 +107,13 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """Of groups at once: a batch axis on a CPU; elsewhere XLA decodes a scaled weight inside one plain product."""
 
-    def fused(x: Array) -> Array:
+    def fused() -> Array:
         return by_columns(functools.partial(_dot_scaled, dims=dims, params=params), x, w, dims)
 
     def grouped() -> Array:
         return by_columns(functools.partial(_dot_groups, dims=dims, params=params), x, w, dims)
 
-    if not dims.x_free(x.ndim) or dims.rows(x) != 1:
-        return lax.platform_dependent(cpu=grouped, default=lambda: fused(x))
-    # for a single row a TPU would write the scaled weight out
-    return lax.platform_dependent(cpu=grouped, tpu=lambda: doubled(fused, x, dims), default=lambda: fused(x))
+    return lax.platform_dependent(cpu=grouped, default=fused)
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
