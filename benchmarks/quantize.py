@@ -73,7 +73,9 @@ def codebook(rounds: int) -> Figures:
 SIZE, ROWS = 4096, (1, 4, 16)
 
 
-def _products(scheme: quantize.Affine, rounds: int, outputs_first: bool = False) -> dict[str, Figure]:
+def _products(
+    scheme: quantize.Affine, rounds: int, outputs_first: bool = False, product: Callable[..., jax.Array] = jnp.dot
+) -> dict[str, Figure]:
     """`x @ w` with the compressed weight against the float32 one, for few rows of x; and the compiled temporaries."""
     weight = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / 64
     small = scheme.convert(weight).outputs_first() if outputs_first else scheme.convert(weight)
@@ -82,10 +84,10 @@ def _products(scheme: quantize.Affine, rounds: int, outputs_first: bool = False)
         x = jax.random.normal(jax.random.key(1), (rows, SIZE))
 
         def call(w: Any, x: jax.Array = x) -> Callable[[], Any]:
-            product = jax.jit(compressed(jnp.dot))
-            return lambda: product(x, w)
+            run = jax.jit(compressed(product))
+            return lambda: run(x, w)
 
-        temp = compiled_bytes(compressed(jnp.dot), x, small)["temp"]
+        temp = compiled_bytes(compressed(product), x, small)["temp"]
         figures[str(rows)] = faster(
             call(small), call(weight), "float32 product", rounds, temp=temp, weight_bytes=nbytes(small)
         )
@@ -107,6 +109,17 @@ def weight_only(rounds: int) -> Figures:
 def integer(rounds: int) -> Figures:
     """The same with inputs in int8 too, as products of integers."""
     return _products(INT8, rounds)
+
+
+@benchmark("quantize.tied")
+def tied(rounds: int) -> Figures:
+    """A table of 4096 embeddings read backwards, `x @ table.T`, in int8 and int4, against float32."""
+    schemes = {name: quantize.Affine(bits, axes=(0,)) for name, bits in (("int8", 8), ("int4", 4))}
+    return {
+        f"{name}.{rows}": figure
+        for name, scheme in schemes.items()
+        for rows, figure in _products(scheme, rounds, product=lambda x, table: x @ table.T).items()
+    }
 
 
 @benchmark("quantize.outputs_first")

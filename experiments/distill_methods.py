@@ -50,7 +50,7 @@ class Config(_distilling.Config):
     """Of the trainings that choose a factor."""
     teacher_epochs: int = 40
     rate: float = 2e-3
-    factors: tuple[float, ...] = (1.0, 0.1, 0.01)
+    factors: tuple[float, ...] = (10.0, 1.0, 0.1, 0.01)
     """Of the literature's weights, to choose from."""
     shift: int = 4
     """Pixels by which the teacher's images move; every other one is mirrored. 0 leaves them as they are."""

@@ -10,6 +10,7 @@ from jaxcompress.arrays import (  # noqa: F401 (they register rules)
     _codebook_rules,
     _control,
     _low_rank_rules,
+    _quantized_conv,
     _quantized_rules,
     _quantized_shapes,
     _quantized_updates,

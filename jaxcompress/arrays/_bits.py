@@ -25,14 +25,15 @@ def pack_signed(codes: Int8[Array, "*lead n"], bits: int) -> Int8[Array, "*lead 
 
 def unpack_signed(packed: Array, bits: int, length: int) -> Int8[Array, "*lead n"]:
     """The first `length` integers of each packed row."""
-    parts = signed_parts(packed, bits)
-    return lax.collapse(jnp.stack(parts, axis=-1), packed.ndim - 1)[..., :length]
+    up = 8 - bits  # so that the sign bit is the byte's, and down again arithmetically
+    shifted = packed[..., None] << (up - _places(bits))
+    return lax.collapse(shifted.astype(jnp.int8) >> up, packed.ndim - 1)[..., :length]
 
 
 def signed_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[Int8[Array, "*lead bytes"]]:
     """The first integer of each byte, the second of each, ...: what `unpack_signed` would interleave."""
-    shift = 8 - bits  # up, so that the sign bit is the byte's, and down again arithmetically
-    return [(packed << (shift - i * bits)).astype(jnp.int8) >> shift for i in range(8 // bits)]
+    up = 8 - bits
+    return [(packed << (up - i * bits)).astype(jnp.int8) >> up for i in range(8 // bits)]
 
 
 def pack_indices(indices: UInt8[Array, "*lead n"], bits: int) -> UInt8[Array, "*lead bytes"]:
@@ -50,12 +51,17 @@ def unpack_indices(packed: UInt8[Array, "*lead bytes"], bits: int, length: int) 
     """The first `length` integers of each packed row."""
     if bits == 8:
         return packed
-    return lax.collapse(jnp.stack(index_parts(packed, bits), axis=-1), packed.ndim - 1)[..., :length]
+    return lax.collapse((packed[..., None] >> _places(bits)) & (2**bits - 1), packed.ndim - 1)[..., :length]
 
 
 def index_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[UInt8[Array, "*lead bytes"]]:
     """The first integer of each byte, the second of each, ...: what `unpack_indices` interleaves."""
     return [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
+
+
+def _places(bits: int) -> UInt8[Array, " a_byte"]:
+    """The lowest bit of each of a byte's integers."""
+    return jnp.arange(0, 8, bits, dtype=jnp.uint8)
 
 
 def from_table(table: Array, indices: Array) -> Array:

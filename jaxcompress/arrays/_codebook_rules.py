@@ -12,7 +12,9 @@ from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._codebook import FUSED, Codebook, look_up
+from jaxcompress.arrays._gpu import FEW, LEAST, by_sums, has_rows
 from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._moved import put_off
 from jaxcompress.arrays._products import (
     Dims,
     by_columns,
@@ -37,9 +39,18 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
         return by_columns(functools.partial(product, decode=Codebook.chosen), x, w, dims)
 
     def whole() -> Array:
-        if kwargs["out_sharding"] is not None or w.centroids.shape[-1] > FUSED:
+        def plain() -> Array:
             return product(x, w)
-        return lax.platform_dependent(tpu=chosen, default=lambda: product(x, w))
+
+        def summed() -> Array:
+            return by_sums(Codebook.found, x, w, dims)
+
+        if kwargs["out_sharding"] is not None:
+            return plain()
+        ways = {"tpu": chosen} if w.centroids.shape[-1] <= FUSED else {}
+        if w.size >= LEAST and has_rows(x, min(FEW * 4 // w.bits, 2 * FEW), dims):
+            ways["cuda"] = summed
+        return lax.platform_dependent(default=plain, **ways)
 
     return tiled(product, x, w, dims, whole=whole).astype(params["preferred_element_type"] or x.dtype)
 
@@ -70,8 +81,8 @@ def _gather(w: Codebook, indices: ArrayLike, **params: Any) -> Any:
     return look_up(w.centroids.reshape([1] * rows.ndim + [-1]), rows, w.keep_zeros)
 
 
-@register(lax.transpose_p)
-def _transpose(w: Codebook, *, permutation: tuple[int, ...]) -> Codebook:
+@put_off(Codebook)
+def _transposed(w: Codebook, permutation: tuple[int, ...]) -> Codebook:
     return _unpacked(w, jnp.transpose(w.codes(), permutation), jnp.transpose(w.centroids, (*permutation, w.ndim)))
 
 

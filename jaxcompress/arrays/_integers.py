@@ -8,6 +8,7 @@ are added up.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,3 +72,27 @@ def _in_pieces(x: Array, w: Array, dims: Dims, size: int) -> Array:
     split_x, split_w = split(x, x_axis), split(w, w_axis)
     sums = lax.dot_general(split_x, split_w, pieces.numbers, preferred_element_type=jnp.int32)
     return jnp.sum(sums, axis=0, dtype=jnp.int32)
+
+
+def exact(codes: Array, zero: Array | None, product: Any, weight_sums: Any) -> Array:
+    """`product(codes) - zero * weight_sums()`, in float32, from exact sums of products of int8.
+
+    Args:
+      codes: int8 or int16.
+      zero: the inputs' zero point, along the output.
+      product: of int8 codes with the weight's, int32.
+      weight_sums: the product of ones.
+    """
+    zero = None if zero is None else zero.astype(jnp.int32)
+    if codes.dtype == jnp.int8:
+        sums = product(codes) if zero is None else product(codes) - zero * weight_sums()
+        return sums.astype(jnp.float32)
+    # 16 bits are two times 8, the lower ones moved to where they are signed; the zero point likewise, or its product
+    # with the weights' sum would leave int32
+    high, low = (codes >> 8).astype(jnp.int8), ((codes & 255) - 128).astype(jnp.int8)
+    of_ones = weight_sums()
+    if zero is None:
+        upper, lower = product(high), product(low) + 128 * of_ones
+    else:
+        upper, lower = product(high) - (zero >> 8) * of_ones, product(low) + (128 - (zero & 255)) * of_ones
+    return upper.astype(jnp.float32) * 256 + lower.astype(jnp.float32)

@@ -93,6 +93,8 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
     strict: bool = eqx.field(static=True, default=False, kw_only=True)
 
     registry: ClassVar[dict[str, type["Leaf"]]] = {}
+    counted: ClassVar[bool] = True
+    """Whether `watch` counts what it meets; what stands for another leaf for a while leaves that to it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -239,7 +241,7 @@ def _array_nbytes(x: Any) -> int:
 def _record(primitive: Primitive, values: Sequence[Any], how: str) -> None:
     hits = _watching.get()
     if hits is not None:
-        hits.update((type(x).__name__, primitive.name, how) for x in values if is_leaf(x))
+        hits.update((type(x).__name__, primitive.name, how) for x in values if is_leaf(x) and x.counted)
 
 
 def _serialize_static(cls: type[Leaf], auxdata: Any) -> bytes:

@@ -146,6 +146,12 @@ def swap_free(product: Array, n_batch: int, n_x_free: int) -> Array:
     return jnp.transpose(product, (*range(n_batch), *range(middle, product.ndim), *range(n_batch, middle)))
 
 
+def split_axis(x: Array, axis: int, groups: int, size: int) -> Array:
+    """Turns `axis` into (groups, size), padding with zeros."""
+    padding = [(0, groups * size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :])
+
+
 def doubled(product: Callable[[Array], Array], x: Array, dims: Dims) -> Array:
     """`product(x)` of an input with a single row, computed twice: XLA runs a product of one row another way."""
     free = dims.x_free(x.ndim)

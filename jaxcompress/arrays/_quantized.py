@@ -126,7 +126,7 @@ class Quantized(Leaf):
         if self.turned:
             signed = self.values.dtype == jnp.int8  # as files of the first weeks have them
             return jnp.swapaxes(self.values if signed else moved(self.values), -1, -2)
-        if self.values.dtype == jnp.int4:
+        if self.values.dtype in (jnp.int4, jnp.int2):
             return self.values.astype(jnp.int8)
         return self.values if self.length is None else unpack_signed(self.values, self.bits, self.length)
 
@@ -151,7 +151,7 @@ class Quantized(Leaf):
     def as_int4(self) -> "Quantized":
         """The same weight with its 4-bit codes as an array of JAX's int4, not as bytes of two.
 
-        So XLA itself takes them apart, which on a TPU or GPU it does inside the product. Every number stays.
+        So XLA itself takes them apart, which on a TPU it does inside the product. Every number stays.
 
         Raises:
           ValueError: codes that don't have 4 bits.
@@ -194,6 +194,12 @@ class Quantized(Leaf):
     def of_integers(self) -> bool:
         """Whether the values are integers that stand for themselves."""
         return jnp.issubdtype(self.values.dtype, jnp.integer) and self.levels is None
+
+    def unshared(self, length: int) -> Any:
+        packed, grouped = self.length is not None and self.ndim == 1, self.group and self.group[0] == -self.ndim
+        if packed or grouped or (self.turned and self.ndim == 2):  # a step's part of it is no such leaf
+            return self.materialise()
+        return super().unshared(length)
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._inputs import reshaped_input
 from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._moved import put_off
 from jaxcompress.arrays._products import block_map, constrain_like, is_float
 from jaxcompress.arrays._quantized import Quantized
 
@@ -56,8 +57,8 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
     return (found * look_up(w.steps)).astype(w.dtype)
 
 
-@register(lax.transpose_p)
-def _transpose(w: Quantized, *, permutation: tuple[int, ...]) -> Quantized:
+@put_off(Quantized)
+def _transposed(w: Quantized, permutation: tuple[int, ...]) -> Quantized:
     group = w.group and (permutation.index(w.group[0] + w.ndim) - w.ndim, w.group[1])
     return _rearranged(w, lambda x: jnp.transpose(x, permutation), group)
 

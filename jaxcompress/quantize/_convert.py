@@ -98,15 +98,16 @@ def outputs_first(params: Any, rules: Rules[bool]) -> Any:
 
 
 def as_int4(params: Any, rules: Rules[bool]) -> Any:
-    """`params` with the 4-bit codes of the chosen weights as arrays of JAX's int4, for a TPU or GPU.
+    """`params` with the 4-bit codes of the chosen weights as arrays of JAX's int4, for a TPU.
 
         small = quantize.convert(params, {"kernel$": quantize.Affine(bits=4, group=(0, 128))})
         small = quantize.as_int4(small, {"kernel$": True})
 
     Each number stays, and so does the number of bytes. As `convert` leaves them codes lie two a byte, which every
-    backend and file format can hold, and are taken apart by shifts; XLA does not always fuse those into a product, and
-    then reads the weight twice or writes it out. It takes int4 apart itself. `python -m benchmarks quantize.tpu` has
-    the bytes that a TPU reads and writes for either. On a CPU leave codes as they are.
+    backend and file format can hold, and are taken apart by shifts; XLA for a TPU does not always fuse those into a
+    product, and then reads the weight twice or writes it out. It takes int4 apart itself. `python -m benchmarks
+    quantize.tpu` has the bytes that a TPU reads and writes for either. On a GPU the two are the same program, and on a
+    CPU leave codes as they are.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import tpu
+from benchmarks import compiled
 from jaxcompress import compressed, dense, export, nbytes, pack, quantize, tensors
 from jaxcompress.quantize import Affine
 
@@ -113,4 +113,4 @@ ENTRY %main (a: bf16[4,8], w: s4[8,16]) -> f32[4,16] {
   ROOT %fusion.1 = f32[4,16]{1,0:T(4,128)} fusion(%fusion), kind=kLoop, calls=%inner
 }
 """
-    assert tpu.moved_bytes(hlo) == 8 * 16 / 2 + 4 * 8 * 2 + 4 * 16 * 4
+    assert compiled.moved_bytes(hlo) == 8 * 16 / 2 + 4 * 8 * 2 + 4 * 16 * 4

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from jaxcompress import compressed, dense, quantize
-from jaxcompress.arrays import Codebook
+from jaxcompress.arrays import Codebook, _codebook_rules, _quantized_rules
 from jaxcompress.quantize import Affine
 
 SCHEMES = {
@@ -20,7 +20,13 @@ SCHEMES = {
     "int4, groups, zero point": Affine(4, group=(-2, 8), symmetric=False),
     "int4, groups of outputs": Affine(4, group=(-1, 8), symmetric=False),
     "int4, groups, integers": Affine(4, group=(-2, 8), activation_bits=8),
+    "int4, groups, zero point, integers": Affine(4, group=(-2, 8), symmetric=False, activation_bits=8),
+    "int4, an output": Affine(4, axes=(-1,), symmetric=False),
+    "int4, an input": Affine(4, axes=(-2,), symmetric=False),
+    "int4, integers": Affine(4, activation_bits=8),
+    "int2": Affine(2),
     "int2, groups": Affine(2, group=(-2, 8)),
+    "int8, 16 bits": Affine(8, activation_bits=16),
     "nf4": quantize.NF4((-2, 8)),
     "mx": quantize.MX(),
     "fp8": quantize.Floats("float8_e4m3fn"),
@@ -29,6 +35,7 @@ SCHEMES = {
     "k-means": quantize.KMeans(5),
     "k-means, zeros apart": quantize.KMeans(9, keep_zeros=True),
     "k-means an output": quantize.KMeans(16, axes=(-1,)),
+    "k-means an input": quantize.KMeans(4, axes=(-2,)),
     "k-means, 200": quantize.KMeans(200),
 }
 PRODUCTS = {
@@ -45,10 +52,12 @@ def platform(request, monkeypatch):
         return by_platform.get(request.param, default)(*args)
 
     monkeypatch.setattr(lax, "platform_dependent", there)
+    for rules in _quantized_rules, _codebook_rules:  # the weights here are small
+        monkeypatch.setattr(rules, "LEAST", 0)
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_products(name, rows, rng):
     w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=(24, 16)) * (rng.random((24, 16)) < 0.7), jnp.float32))
@@ -59,6 +68,45 @@ def test_products(name, rows, rng):
     for fn in PRODUCTS.values():
         got, wanted = compressed(fn)(x, w), fn(x, whole)
         np.testing.assert_allclose(got, wanted, atol=tolerance * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("equation", ["btd,dhk->bthk", "bthk,hkd->btd", "ebd,edf->ebf", "bhd,hdk->hkb", "hk,hkd->d"])
+@pytest.mark.parametrize("name", ["int8, zero point", "int4", "int4, groups", "int4, groups, zero point", "k-means"])
+def test_weights_of_more_axes(name, equation, rng):
+    inputs, weight = equation.split("->")[0].split(",")
+    sizes = {"b": 2, "t": 1, "d": 16, "h": 2, "k": 8, "e": 3, "f": 8}
+    w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=[sizes[axis] for axis in weight]), jnp.float32))
+    x = jnp.asarray(rng.normal(size=[sizes[axis] for axis in inputs]), jnp.float32)
+    wanted = jnp.einsum(equation, x, dense(w))
+    got = compressed(lambda x, w: jnp.einsum(equation, x, w))(x, w)
+    np.testing.assert_allclose(got, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("length", [15, 17])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["int4", "int2", "nf4", "binary", "ternary"])
+def test_a_length_that_fills_no_byte(name, rows, length, rng):
+    w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=(64, length)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
+    wanted = x @ dense(w)
+    np.testing.assert_allclose(compressed(jnp.matmul)(x, w), wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["int8, zero point", "int8, integers", "int4, groups, zero point", "int4, integers", "nf4"]
+)
+def test_derivatives(name, rows, rng):
+    w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=(24, 16)), jnp.float32))
+    x, along = (jnp.asarray(rng.normal(size=(rows, 24)), jnp.float32) for _ in range(2))
+    factors = jnp.asarray(rng.normal(size=(rows, 16)), jnp.float32)
+    got = jax.grad(lambda x: jnp.sum(factors * compressed(jnp.matmul)(x, w)))(x)
+    np.testing.assert_allclose(got, factors @ dense(w).T, rtol=1e-4, atol=1e-4)
+    got = jax.jvp(lambda x: compressed(jnp.matmul)(x, w), (x,), (along,))[1]
+    np.testing.assert_allclose(got, along @ dense(w), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("platform")

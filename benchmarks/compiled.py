@@ -1,30 +1,65 @@
-"""What XLA makes of products for a TPU, compiled here without one by the libtpu wheel (`jaxcompress[tpu-compile]`).
+"""What XLA makes of products for a TPU and for a GPU, compiled here without either.
 
 Counted are the bytes that a program reads from the chip's main memory and writes to it; few rows of inputs take as long
 as their weight takes to read. XLA's own cost analysis counts what lies in the chip's own memory too: 336 MB for 67 MB
 of int8 codes that were fetched ahead. The weight, of 8192x28672, is too large for that memory once it is decoded.
+
+A TPU needs the libtpu wheel (`jaxcompress[tpu-compile]`), a GPU those of CUDA (`jax[cuda12]`, 5 GB) and, where there is
+none, `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` in the environment. For a GPU XLA then takes the first kernels that it could
+use; where there is one it measures several.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax._src import xla_bridge
 from jax.experimental import topologies
 
 from benchmarks._harness import Figures, benchmark, exact
 from jaxcompress import Codebook, Quantized, compressed, quantize
 
-DESCRIBED = {
+V5E = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for those who use a TPU
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 """Environment variables from which libtpu knows what to compile for."""
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84929347584
+}
+"""
+"""What XLA asks a GPU for, as its `GpuTargetConfigProto`."""
 SIZE, ROWS = (8192, 28672), (1, 16)
 SCHEMES: dict[str, quantize.Scheme] = {
     "int8": quantize.Affine(bits=8),
@@ -42,9 +77,18 @@ SCHEMES: dict[str, quantize.Scheme] = {
 @benchmark("quantize.tpu")
 def _tpu(rounds: int) -> Figures:
     """How many times fewer bytes than in bfloat16 a product of few rows moves, compiled for a TPU v5e."""
-    for name, value in DESCRIBED.items():
-        os.environ.setdefault(name, value)
-    chip = jax.sharding.SingleDeviceSharding(chips()[0])
+    return _fewer(tpus()[0], (16, 128))
+
+
+@benchmark("quantize.cuda")
+def _cuda(rounds: int) -> Figures:
+    """The same compiled for a GPU: the one that is there, else an H100."""
+    with gpu() as chip:
+        return _fewer(chip, (16, 256))
+
+
+def _fewer(device: Any, centroids: tuple[int, ...]) -> Figures:
+    chip = jax.sharding.SingleDeviceSharding(device)
     weight = jax.ShapeDtypeStruct(SIZE, jnp.bfloat16)
 
     def moved(rows: int, weight: Any) -> tuple[float, int]:
@@ -55,9 +99,9 @@ def _tpu(rounds: int) -> Figures:
 
     kinds: dict[str, Any] = {name: jax.eval_shape(scheme.convert, weight) for name, scheme in SCHEMES.items()}
     kinds |= {f"{name}.as_int4": jax.eval_shape(Quantized.as_int4, w) for name, w in kinds.items() if w.bits == 4}
-    for k in (16, 128):
-        indices, centroids = jax.ShapeDtypeStruct(SIZE, jnp.uint8), jax.ShapeDtypeStruct((1, 1, k), jnp.bfloat16)
-        kinds[f"codebook_{k}"] = jax.eval_shape(Codebook.from_indices, indices, centroids)
+    for k in centroids:
+        indices, table = jax.ShapeDtypeStruct(SIZE, jnp.uint8), jax.ShapeDtypeStruct((1, 1, k), jnp.bfloat16)
+        kinds[f"codebook_{k}"] = jax.eval_shape(Codebook.from_indices, indices, table)
     figures = {}
     for rows in ROWS:
         whole, _ = moved(rows, weight)
@@ -67,11 +111,32 @@ def _tpu(rounds: int) -> Figures:
     return figures
 
 
-def chips() -> list[Any]:
-    """The devices of a v5e slice that is only described; `DESCRIBED` must be in the environment."""
+def tpus() -> list[Any]:
+    """The devices of a v5e slice that is only described."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("compiling for a TPU needs the libtpu wheel: pip install 'jaxcompress[tpu-compile]'")
+    for name, value in V5E.items():
+        os.environ.setdefault(name, value)
     return list(topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
+
+
+@contextlib.contextmanager
+def gpu() -> Iterator[Any]:
+    """The GPU that is there, or an H100 that is only described."""
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ModuleNotFoundError("compiling for a GPU needs the wheels of CUDA: pip install 'jax[cuda12]'")
+    try:
+        yield jax.devices("cuda")[0]
+        return
+    except RuntimeError:
+        pass  # there is none
+    known = xla_bridge.canonicalize_platform
+
+    def named(platform: str) -> str:  # JAX wants a GPU to be there for it to be called by its name: jax-ml/jax#23971
+        return "cuda" if platform in ("cuda", "gpu") else known(platform)
+
+    with mock.patch.object(xla_bridge, "canonicalize_platform", named):
+        yield topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
 
 
 _STEP = re.compile(r"\s*(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)")
@@ -80,10 +145,10 @@ _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy
 
 
 def moved_bytes(hlo: str) -> float:
-    """The bytes that a program compiled for a TPU reads from main memory and writes to it.
+    """The bytes that a program compiled for a TPU or GPU reads from main memory and writes to it.
 
     Each step of its entry computation reads its operands once and writes its results; a type that says `S(1)` lies in
-    the chip's own memory. What a step reads in part counts whole.
+    a TPU's own memory. What a step reads in part counts whole.
     """
     entry = hlo[hlo.index("\nENTRY") :]
     types: dict[str, str] = {}

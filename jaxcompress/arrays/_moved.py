@@ -1,0 +1,111 @@
+"""A weight whose axes are exchanged on the way to a product: `x @ w.T`, as tied embeddings have it.
+
+To lay the stored codes out anew costs more than the product. So a transpose is only noted, and a product takes the
+weight as it is stored, its dimension numbers read through the exchange. Whatever else meets the weight has it done.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jaxtyping import Array
+
+from jaxcompress.arrays._compressed import compressed
+from jaxcompress.arrays._leaf import Leaf, register
+from jaxcompress.arrays._products import Dims, register_product
+
+AtOnce = Callable[[Any, tuple[int, ...]], Leaf]
+"""`(leaf, permutation) -> leaf`, laid out anew."""
+
+_at_once: dict[type[Leaf], AtOnce] = {}
+
+
+class Moved(Leaf):
+    """`jnp.transpose(weight, order)`, not done yet. It is made where a weight is transposed, never stored."""
+
+    weight: Leaf
+    order: tuple[int, ...] = eqx.field(static=True)
+    """For each of the last axes that of the weight, counted from the end."""
+
+    counted: ClassVar[bool] = False
+
+    @property
+    def permutation(self) -> tuple[int, ...]:
+        """Of all axes, counted from the front."""
+        ndim = self.weight.ndim
+        return (*range(ndim - len(self.order)), *(axis + ndim for axis in self.order))
+
+    def aval(self) -> ShapedArray:
+        return ShapedArray(tuple(self.weight.shape[axis] for axis in self.permutation), self.weight.dtype)
+
+    def materialise(self) -> Array:
+        return jnp.transpose(self.weight.materialise(), self.permutation)
+
+    def done(self) -> Leaf:
+        """The weight laid out anew."""
+        return _at_once[type(self.weight)](self.weight, self.permutation)
+
+    def unshared(self, length: int) -> Any:
+        return self.done().unshared(length)
+
+    @staticmethod
+    def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+        """What has no rule here has one for the weight, laid out anew, or none."""
+        done = [x.done() if isinstance(x, Moved) else x for x in values]
+        return compressed(functools.partial(primitive.bind, **params))(*done)
+
+
+def put_off(leaf: type[Leaf]) -> Callable[[AtOnce], AtOnce]:
+    """Registers how `leaf` is transposed, as what is done only where something else than a product meets it."""
+
+    def decorate(at_once: AtOnce) -> AtOnce:
+        _at_once[leaf] = at_once
+
+        # rules are chosen by their annotations, of which this one is a variable: a type checker cannot follow
+        @register(lax.transpose_p)
+        def _transpose(w: leaf, *, permutation: tuple[int, ...]) -> Moved:  # type: ignore[valid-type]
+            order = tuple(axis - len(permutation) for axis in permutation)
+            return Moved(w, order, strict=w.strict)  # type: ignore[attr-defined]
+
+        return at_once
+
+    return decorate
+
+
+@register(lax.transpose_p)
+def _transpose(w: Moved, *, permutation: tuple[int, ...]) -> Leaf:
+    order = tuple(w.permutation[axis] - w.ndim for axis in permutation)
+    return w.weight if order == tuple(range(-w.ndim, 0)) else dataclasses.replace(w, order=order)
+
+
+@register(lax.convert_element_type_p)
+def _convert(w: Moved, **params: Any) -> Any:
+    converted = compressed(functools.partial(lax.convert_element_type_p.bind, **params))(w.weight)
+    if isinstance(converted, Leaf):
+        return dataclasses.replace(w, weight=converted)
+    return jnp.transpose(converted, w.permutation)
+
+
+@register_product(Moved)
+def _dot(x: Array, w: Moved, dims: Dims, params: dict[str, Any]) -> Any:
+    there = w.permutation
+    free = [there[axis] for axis in dims.w_free(w.ndim)]
+    stored = dims._replace(
+        w_contract=tuple(there[axis] for axis in dims.w_contract), w_batch=tuple(there[axis] for axis in dims.w_batch)
+    )
+    in_order = free == sorted(free)
+    if params.get("out_sharding") is not None and not in_order:
+        return NotImplemented
+    dot = functools.partial(lax.dot_general_p.bind, **params | {"dimension_numbers": stored.numbers})
+    out: jax.Array = compressed(dot)(x, w.weight)
+    if in_order:
+        return out
+    before = out.ndim - len(free)
+    return jnp.transpose(out, (*range(before), *(before + sorted(free).index(axis) for axis in free)))

@@ -1,0 +1,71 @@
+"""Convolutions with `Quantized` kernels: as products with them, the scale taken out."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxcompress.arrays._integers import exact
+from jaxcompress.arrays._leaf import Otherwise, register
+from jaxcompress.arrays._products import Dims, compute_dtype, derived_from, is_float
+from jaxcompress.arrays._quantized import Quantized
+from jaxcompress.arrays._quantized_inputs import input_codes, rounded_input
+from jaxcompress.arrays._tiles import tiled_outputs
+
+
+@register(lax.conv_general_dilated_p)
+def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
+    x, numbers = jnp.asarray(x), params["dimension_numbers"]
+    out_axis = numbers.rhs_spec[0]
+    shared = all(size == 1 for axis, size in enumerate(w.scale.shape) if axis != out_axis)
+    if not is_float(x):
+        return NotImplemented
+    dims = Dims(  # each image has a step of its own, and nothing is stacked
+        x_contract=tuple(axis for axis in range(x.ndim) if axis != numbers.lhs_spec[0]),
+        w_contract=(),
+        x_batch=(),
+        w_batch=(),
+    )
+    if not (shared and w.group is None and params["batch_group_count"] == 1):
+        return Otherwise(rounded_input(x, w, dims))
+    out_dtype = params["preferred_element_type"] or x.dtype
+    scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
+
+    def floats(x: Array, w: Quantized) -> Array:
+        x = rounded_input(x, w, dims)
+        as_floats = params | {"preferred_element_type": compute_dtype(x)}
+
+        def convolve(w: Quantized) -> Array:
+            return lax.conv_general_dilated_p.bind(x, w.centred(x.dtype), **as_floats)
+
+        if params["feature_group_count"] == 1:
+            return tiled_outputs(convolve, w, out_axis, numbers.out_spec[1])
+        return convolve(w)
+
+    integers = functools.partial(_conv_codes, dims=dims, params=params)
+    product = derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
+    return (product * scale).astype(out_dtype)
+
+
+def _conv_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """The convolution of integers, scaled by the inputs' steps."""
+    numbers, (codes, step, zero) = params["dimension_numbers"], input_codes(x, w, dims)
+    params = params | {"preferred_element_type": jnp.dtype("int32")}
+    w_codes = w.codes()
+
+    def integers(codes: Array) -> Array:
+        return lax.conv_general_dilated_p.bind(codes, w_codes, **params)
+
+    def weight_sums() -> Array:  # where the kernel is over the padding, only what is inside counts
+        one = [1 if axis == numbers.lhs_spec[0] else size for axis, size in enumerate(x.shape)]
+        return integers(jnp.ones(one, jnp.int8))
+
+    zero = None if zero is None else zero.reshape([1] * x.ndim)
+    sums = exact(codes, zero, integers, weight_sums)
+    return sums * _along(step.reshape(-1), x.ndim, numbers.out_spec[0])
+
+
+def _along(vector: Array, ndim: int, axis: int) -> Array:
+    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
