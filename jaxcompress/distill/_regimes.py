@@ -88,7 +88,9 @@ def alternating(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def refined_labels(predict: Callable[[jax.Array], jax.Array], crops: ArrayLike, temperature: Number = 1.0) -> jax.Array:
+def refined_labels(
+    predict: Callable[[jax.Array], jax.Array], crops: ArrayLike, *, temperature: Number = 1.0
+) -> jax.Array:
     """Label refinery: the soft label of each crop is what the teacher sees in that very crop.
 
     Bagherinezhad et al., "Label refinery: improving ImageNet classification through label progression", 2018, section
