@@ -68,7 +68,7 @@ def of_logits(loss: Callable[..., jax.Array], *, labels: bool = False, **options
 
 def to_targets(table: str) -> Term:
     """Probabilities in a table of rows as soft targets."""
-    return lambda p, s, t, lesson: distill.soft_label_loss(s.logits, lesson.rows[table], T)
+    return lambda p, s, t, lesson: distill.soft_label_loss(s.logits, lesson.rows[table], temperature=T)
 
 
 def of_pooled(loss: Callable[..., jax.Array]) -> Term:
@@ -133,7 +133,7 @@ def methods(pair: Pair) -> dict[str, Method]:
         "labels alone": Method(lambda p, s, t, lesson: jnp.zeros(()), 0.0),
         "label smoothing": Method(lambda p, s, t, now: distill.label_smoothing_loss(s.logits, now.labels), hard=0.0),
         "teacher-free": Method(lambda p, s, t, now: distill.teacher_free_loss(s.logits, now.labels), hard=0.0),
-        "self-training": Method(lambda p, s, t, now: soft(s.logits, now.rows["itself"], T), 0.9, 0.1),
+        "self-training": Method(lambda p, s, t, now: soft(s.logits, now.rows["itself"], temperature=T), 0.9, 0.1),
         "re-weighting alone": Method(to_targets("weighing"), 0.9, 0.1),
         "class similarity alone": Method(to_targets("alike"), 0.9, 0.1),
         "soft targets (KD)": Method(of_logits(soft, temperature=T), 0.9, 0.1),

@@ -261,7 +261,7 @@ def ensemble(config: Config) -> _results.Result:
     alone = room.learner(member, logits_loss(member, hard))
 
     def from_targets(logits: jax.Array, lesson: Lesson) -> jax.Array:
-        soft = distill.soft_label_loss(logits, lesson.rows, lesson.knobs)
+        soft = distill.soft_label_loss(logits, lesson.rows, temperature=lesson.knobs)
         return soft if few else (soft + distill.hard_label_loss(logits, lesson.labels)) / 2
 
     taught = room.learner(member, logits_loss(member, from_targets))
@@ -276,7 +276,7 @@ def ensemble(config: Config) -> _results.Result:
         rows = jnp.stack([room.logits(member, v) for v in trained])
         teachers = {distilled: rows} | ({from_one: rows[:1]} if few else {})  # what the further images do by themselves
         students = {
-            name: taught(f"{name} {seed}", 1000 * seed + 999, rows=distill.ensemble_targets(z, t), knobs=t)
+            name: taught(f"{name} {seed}", 1000 * seed + 999, rows=distill.ensemble_targets(z, temperature=t), knobs=t)
             for name, z in teachers.items()
         }
         images, labels = room.test_images(f"members and their ensemble, seed {seed}")

@@ -135,7 +135,7 @@ def main(config: Config) -> _results.Result:
         return hard(logits, lesson) + weight * distill.decoupled_loss(logits, guidance(lesson), lesson.labels)
 
     def standardised(logits: jax.Array, lesson: Lesson) -> jax.Array:
-        apart = distill.standardized_soft_target_loss(logits, guidance(lesson), 2.0)
+        apart = distill.standardized_soft_target_loss(logits, guidance(lesson), temperature=2.0)
         return (1 - c.alpha) * hard(logits, lesson) + c.alpha * apart
 
     learn = learner(teacher, c.teacher, hard)

@@ -111,12 +111,14 @@ class School:
     def _mean(self, logits: jax.Array, lesson: Lesson) -> jax.Array:
         """`rows`: logits `[batch, teachers, classes]`."""
         t = self.config.temperature
-        targets = distill.ensemble_targets(jnp.moveaxis(lesson.rows, 1, 0), t)
-        return self._total(distill.soft_label_loss(logits, targets, t), logits, lesson)
+        targets = distill.ensemble_targets(jnp.moveaxis(lesson.rows, 1, 0), temperature=t)
+        return self._total(distill.soft_label_loss(logits, targets, temperature=t), logits, lesson)
 
     def _several(self, logits: jax.Array, lesson: Lesson) -> jax.Array:
         teachers = jnp.moveaxis(lesson.rows, 1, 0)
-        return self._total(distill.several_teachers_loss(logits, teachers, self.config.temperature), logits, lesson)
+        return self._total(
+            distill.several_teachers_loss(logits, teachers, temperature=self.config.temperature), logits, lesson
+        )
 
     def _refined(self, logits: jax.Array, lesson: Lesson) -> jax.Array:
         """`knobs`: the teacher's variables; its label of each image as it was moved."""
@@ -147,7 +149,7 @@ class School:
         c = self.config
         logits: Any = self.student.apply({"params": params}, lesson.images)
         past: Any = self.student.apply({"params": extras["average"]}, lesson.images)
-        soft = distill.soft_target_loss(logits, past, c.temperature)
+        soft = distill.soft_target_loss(logits, past, temperature=c.temperature)
         average = distill.moving_average(extras["average"], params, c.decay, lesson.step)
         return jnp.mean(hard(logits, lesson) + soft), {"average": jax.lax.stop_gradient(average)}
 

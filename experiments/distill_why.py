@@ -205,7 +205,7 @@ def partly(config: Config, known: Known) -> _results.Result:
     classes = room.dataset.classes
 
     def to_targets(logits: jax.Array, lesson: Lesson) -> jax.Array:
-        soft = distill.soft_label_loss(logits, lesson.rows, c.temperature)
+        soft = distill.soft_label_loss(logits, lesson.rows, temperature=c.temperature)
         return c.alpha * soft + (1 - c.alpha) * distill.hard_label_loss(logits, lesson.labels)
 
     learn, figures = room.learner(school.student, logits_loss(school.student, to_targets)), []

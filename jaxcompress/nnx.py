@@ -32,8 +32,8 @@ def functional(module: nnx.Module) -> tuple[Callable[..., tuple[Any, Any]], Any,
       state (batch statistics, random streams), as nested dicts too. `apply` leaves `module` as it is. What a module
       sows is in neither, so that `rest` has one structure in all calls: `capture` gives intermediate values out.
     """
-    _, params, rest = _split(_without_sown(module))
-    return _pure(module, lambda model: None), nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    parts = _split(_without_sown(module))
+    return _pure(parts, lambda model: None), nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
 
 
 def capture(module: nnx.Module, patterns: str | Sequence[str]) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
@@ -54,11 +54,11 @@ def capture(module: nnx.Module, patterns: str | Sequence[str]) -> Callable[..., 
     Returns:
       `captured(params, rest, *args, **kwargs) -> ((out, rest), features)`.
     """
-    return features.capture(_pure(module, _name_results), patterns)
+    return features.capture(_pure(_split(_without_sown(module)), _name_results), patterns)
 
 
-def _pure(module: nnx.Module, prepare: Callable[[Any], None]) -> Callable[..., tuple[Any, Any]]:
-    graph, params, rest = _split(_without_sown(module))
+def _pure(parts: tuple[Any, Any, Any], prepare: Callable[[Any], None]) -> Callable[..., tuple[Any, Any]]:
+    graph, params, rest = parts
 
     def apply(pure_params: Any, pure_rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model = nnx.merge(graph, _filled(params, pure_params), _filled(rest, pure_rest))
@@ -106,6 +106,11 @@ def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
 
 def _without_sown(module: nnx.Module) -> Any:
     """A copy, of the same arrays, without what earlier calls have sown."""
+    if not isinstance(module, nnx.Pytree):
+        raise TypeError(
+            f"want an NNX module, got {type(module).__name__}: of a Linen module `apply` is a pure function already, "
+            "and linen.capture gives out what is inside"
+        )
     model = nnx.merge(*nnx.split(module))
     nnx.pop(model, nnx.Intermediate)
     return model

@@ -85,13 +85,13 @@ def _logits(x: Inputs) -> tuple[jax.Array, jax.Array]:
 
 
 def kd_hinton(x: Inputs, params: Params) -> jax.Array:
-    return jnp.mean(distill.soft_target_loss(*_logits(x), params.get("T", 4.0)))
+    return jnp.mean(distill.soft_target_loss(*_logits(x), temperature=params.get("T", 4.0)))
 
 
 def kd_total(x: Inputs, params: Params) -> jax.Array:
     hard = jnp.mean(distill.hard_label_loss(x["student_logits"], x["labels"]))
     temperature = params.get("T", 4.0)
-    soft = jnp.mean(distill.soft_target_loss(*_logits(x), temperature))
+    soft = jnp.mean(distill.soft_target_loss(*_logits(x), temperature=temperature))
     alpha = params["alpha"]
     if "gamma" in params:
         return params["gamma"] * hard + alpha * soft
@@ -128,12 +128,12 @@ def dist(x: Inputs, params: Params) -> jax.Array:
 
 
 def logit_std(x: Inputs, params: Params) -> jax.Array:
-    return jnp.mean(distill.standardized_soft_target_loss(*_logits(x), params.get("T", 2.0)))
+    return jnp.mean(distill.standardized_soft_target_loss(*_logits(x), temperature=params.get("T", 2.0)))
 
 
 def mlld(x: Inputs, params: Params) -> jax.Array:
     loss = distill.class_correlation_loss if _is_case(params, "cc") else distill.batch_correlation_loss
-    return loss(*_logits(x), params.get("T", 4.0))
+    return loss(*_logits(x), temperature=params.get("T", 4.0))
 
 
 def label_smoothing(x: Inputs, params: Params) -> jax.Array:
@@ -162,7 +162,7 @@ def tfkd_reg(x: Inputs, params: Params) -> jax.Array:
 
 def soft_ce_tinybert(x: Inputs, params: Params) -> jax.Array:
     temperature = params.get("T", 1.0)
-    losses = distill.soft_cross_entropy_loss(*_logits(x), temperature)
+    losses = distill.soft_cross_entropy_loss(*_logits(x), temperature=temperature)
     return jnp.mean(losses) / temperature**2 / x["student_logits"].shape[-1]
 
 
@@ -170,14 +170,17 @@ def multi_teacher(x: Inputs, params: Params) -> jax.Array:
     student, teachers = _logits(x)
     temperature = params.get("T", 4.0)
     if _is_case(params, "textbrewer", "mean_logits"):
-        return jnp.mean(distill.soft_cross_entropy_loss(student, teachers.mean(0), temperature)) / temperature**2
-    mean = distill.ensemble_targets(teachers, temperature, mean="probabilities")
-    return jnp.mean(distill.soft_label_loss(student, mean, temperature))
+        return (
+            jnp.mean(distill.soft_cross_entropy_loss(student, teachers.mean(0), temperature=temperature))
+            / temperature**2
+        )
+    mean = distill.ensemble_targets(teachers, temperature=temperature, mean="probabilities")
+    return jnp.mean(distill.soft_label_loss(student, mean, temperature=temperature))
 
 
 def jsd(x: Inputs, params: Params) -> jax.Array:
     temperature = params.get("T", 1.0)
-    losses = distill.jensen_shannon_loss(*_logits(x), params.get("beta", 0.5), temperature) / temperature**2
+    losses = distill.jensen_shannon_loss(*_logits(x), params.get("beta", 0.5), temperature=temperature) / temperature**2
     if "labels" not in x and losses.ndim > 1:
         return jnp.sum(losses) / losses.shape[0]  # the peer's 'batchmean' divides by the first axis only
     return _mean_over_tokens(losses, x.get("labels"))

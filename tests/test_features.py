@@ -334,3 +334,9 @@ def test_features_of_a_compressed_model():
 
 def layer(variables):
     return {"params": variables["params"]["layers_0"]}
+
+
+def test_a_linen_module_is_no_nnx_module():
+    for take in (nnx_wrappers.functional, lambda module: nnx_wrappers.capture(module, "")):
+        with pytest.raises(TypeError, match="want an NNX module, got Dense: of a Linen module `apply`"):
+            take(nn.Dense(3))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import compressed, is_leaf
+from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.calibrate._layout import Layout
 from jaxcompress.calibrate._observed import Observed, Uses, log
 from jaxcompress.calibrate._watched import chosen_weights
@@ -71,7 +72,7 @@ def input_statistics(
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
-      TypeError: a chosen leaf is no floating-point array.
+      TypeError: a chosen leaf is no floating-point array; `batches` is a single batch.
       ValueError: there are no batches; a weight is used in two ways whose inputs differ (a matrix and its transpose); a
         weight gets no statistic, or one that is not finite. The message names the path.
     """
@@ -108,6 +109,7 @@ class InputObserver:
         self, params: Any, batches: Iterable[Any], only: Collection[str] | None = None
     ) -> dict[str, InputStatistics]:
         """The statistics under these parameters; of the weights in `only`, if given (the others cost nothing)."""
+        check_batches(batches)
         names = list(self.layouts) if only is None else [name for name in self.layouts if name in only]
         totals = {name: self._zeros(layout) for name, layout in self.layouts.items()}
         wanted = {name: jnp.full(layout.stacked, name in names) for name, layout in self.layouts.items()}
@@ -242,6 +244,7 @@ def _finished(total: tuple[Array, Array], layout: Layout, gram: bool) -> InputSt
 
 def _peeked(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and all of them."""
+    check_batches(batches)
     rest = iter(batches)
     for first in rest:
         return first, itertools.chain([first], rest)

@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress import features
 from jaxcompress.arrays import Leaf, compressed, is_leaf, register
 from jaxcompress.arrays._products import ON_THE_WAY, Dims, free_axes, is_float, register_product
+from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.calibrate._meshes import replicated
 from jaxcompress.paths import Rules, UnmatchedRuleError, match, named_leaves, with_leaves
 
@@ -242,6 +243,7 @@ def chosen_weights(params: Any, rules: Rules[Any]) -> list[str]:
 
 def measured(watcher: Watcher, params: Any, batches: Iterable[Any], **extra: Any) -> list[Any]:
     """The statistics of each batch; raises ValueError where there is none."""
+    check_batches(batches)
     found = [jax.device_get(watcher.measure(params, batch, **extra)) for batch in batches]
     if not found:
         raise ValueError("there are no batches to measure inputs on: `batches` is empty")

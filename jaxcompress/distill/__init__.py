@@ -7,6 +7,9 @@ loss on the relations within a batch returns a scalar. Half-precision inputs are
 Values and gradients are finite on every finite input: zeros, duplicates, a batch of one, logits up to 1e30. Only a
 value that float32 cannot hold is infinite, such as the squares that `hint_loss` takes of differences above 1e19.
 A label that is no class, and that `where` does not leave out, gives NaN instead of another class's loss.
+A loss's `temperature` is given by name. It is 1 by default, which softens nothing, but where a method comes with a
+value of its own. `alpha` weighs the soft targets against hard labels (in `decoupled_loss` it is the paper's). A random
+`key` comes first.
 
     losses = distill.distillation_loss(student(x), teacher(x), labels, alpha=0.9, temperature=4.0)
     loss = losses.mean()

@@ -181,7 +181,7 @@ def _updated(memory: jax.Array, indices: ArrayLike, embedding: jax.Array, moment
 
 
 def in_batch_contrastive_loss(
-    student: ArrayLike, teacher: ArrayLike, temperature: Number = 0.1, *, where: ArrayLike | None = None
+    student: ArrayLike, teacher: ArrayLike, *, temperature: Number = 0.1, where: ArrayLike | None = None
 ) -> jax.Array:
     """Contrastive distillation without a memory: the batch's other examples are the negatives.
 

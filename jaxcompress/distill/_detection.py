@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import Number, as_float, check_between, check_same_shape, constant, keep
+from jaxcompress.distill._inputs import (
+    Number,
+    as_float,
+    check_between,
+    check_not_negative,
+    check_same_shape,
+    constant,
+    keep,
+)
 from jaxcompress.distill._safe import smooth_l1
 from jaxcompress.distill._softmax import hard_label_loss, log_softmax_pair
 
@@ -19,8 +27,8 @@ def class_weighted_soft_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     class_weights: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -41,6 +49,7 @@ def class_weighted_soft_loss(
       One value an anchor or region, `[...]`.
     """
     log_student, log_teacher = log_softmax_pair(student_logits, teacher_logits, temperature, axis, where)
+    check_not_negative(class_weights, "class_weights")
     weights = constant(class_weights, "class_weights")
     if weights.shape != log_student.shape[-1:]:
         raise ValueError(f"class_weights must have shape {log_student.shape[-1:]}, got {weights.shape}")
@@ -65,7 +74,7 @@ def detection_class_loss(
       teacher_logits: the same shape; constant.
       labels: `[...]`, integer class indices.
       hard_weight: `mu`, in [0, 1].
-      background_weight: the background's weight in the soft part; every other class has 1.
+      background_weight: the background's weight in the soft part, not negative; every other class has 1.
       background: its class index.
       temperature: above 0, of the soft part.
       where: which anchors or regions count, in the shape of the result.
@@ -74,11 +83,12 @@ def detection_class_loss(
       One value an anchor or region, `[...]`.
     """
     check_between(hard_weight, 0.0, 1.0, "hard_weight")
+    check_not_negative(background_weight, "background_weight")
     classes = jnp.shape(student_logits)[-1]
     if not 0 <= background < classes:
         raise ValueError(f"background must be a class index from 0 to {classes - 1}, got {background}")
     weights = jnp.ones(classes).at[background].set(background_weight)
-    soft = class_weighted_soft_loss(student_logits, teacher_logits, weights, temperature, where=where)
+    soft = class_weighted_soft_loss(student_logits, teacher_logits, weights, temperature=temperature, where=where)
     return hard_weight * hard_label_loss(student_logits, labels, where=where) + (1 - hard_weight) * soft
 
 

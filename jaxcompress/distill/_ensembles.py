@@ -14,8 +14,8 @@ from jaxcompress.distill._softmax import hard_label_loss, soft_target_loss
 
 def ensemble_targets(
     teacher_logits: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     mean: str = "probabilities",
     weights: ArrayLike | None = None,
     axis: int = -1,
@@ -77,8 +77,8 @@ def _shares(weights: ArrayLike | None, teachers: int) -> jax.Array:
 def several_teachers_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     weights: ArrayLike | None = None,
     axis: int = -1,
     where: ArrayLike | None = None,
@@ -101,7 +101,8 @@ def several_teachers_loss(
     """
     _check_from_the_end(axis)
     losses = [
-        soft_target_loss(student_logits, t, temperature, axis=axis, where=where) for t in jnp.asarray(teacher_logits)
+        soft_target_loss(student_logits, t, temperature=temperature, axis=axis, where=where)
+        for t in jnp.asarray(teacher_logits)
     ]
     return jnp.tensordot(_shares(weights, len(losses)), jnp.stack(losses), axes=1)
 
@@ -139,7 +140,9 @@ def mutual_learning_loss(
         raise ValueError(f"learner must be from 0 to {len(logits) - 1}, got {learner}")
 
     def of_network(k: int) -> jax.Array:
-        peers = [soft_target_loss(logits[k], z, temperature, where=where) for j, z in enumerate(logits) if j != k]
+        peers = [
+            soft_target_loss(logits[k], z, temperature=temperature, where=where) for j, z in enumerate(logits) if j != k
+        ]
         return hard_label_loss(logits[k], labels, where=where) + weight * sum(peers[1:], peers[0]) / len(peers)
 
     if learner is not None:

@@ -173,7 +173,9 @@ def _chunk_loss(
 ) -> jax.Array:
     alpha, temperature = weights
     teacher_logits = _logits(part.teacher, teacher_head)
-    losses = alpha * jensen_shannon_loss(student_logits, teacher_logits, beta, temperature, where=part.where)
+    losses = alpha * jensen_shannon_loss(
+        student_logits, teacher_logits, beta, temperature=temperature, where=part.where
+    )
     if hard:
         losses += (1 - alpha) * hard_label_loss(student_logits, part.labels, where=part.where)
     return jnp.sum(losses)

@@ -50,6 +50,12 @@ def check_between(value: Number, low: float, high: float, name: str) -> None:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
 
 
+def check_not_negative(values: ArrayLike, name: str) -> None:
+    """A ValueError where one of these is below 0; traced ones pass."""
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)) and np.min(values, initial=0) < 0:
+        raise ValueError(f"{name} must not be negative, got {values}")
+
+
 def logits(x: ArrayLike, name: str, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
     """Logits with the class axis last and zeros on the examples that `where` leaves out."""
     x = as_float(x, name)

@@ -77,7 +77,7 @@ def decoupled_loss(
       teacher_logits: the same shape; constant.
       labels: `[...]`, integer class indices.
       alpha: the weight of the target class's part.
-      beta: the weight of the other classes' part.
+      beta: the weight of the other classes' part. It and the temperature are by default the paper's for CIFAR-100.
       temperature: above 0.
       axis: the class axis.
       where: which examples count, in the shape of the result.
@@ -111,8 +111,8 @@ def _decouple(z: jax.Array, labels: jax.Array, temperature: Number) -> tuple[jax
 def standardized_soft_target_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
-    temperature: Number = 2.0,
     *,
+    temperature: Number = 2.0,
     epsilon: float = 1e-7,
     axis: int = -1,
     where: ArrayLike | None = None,
@@ -123,13 +123,13 @@ def standardized_soft_target_loss(
     teacher's range of logits. The standard deviation divides by `classes - 1`, as the authors' code does. A row of
     equal logits gives uniform soft targets and no gradient.
 
-    Args and result as in `soft_target_loss`; at least two classes.
+    Args and result as in `soft_target_loss`; at least two classes. The temperature is by default the paper's, 2.
     """
     student, teacher = logit_pair(student_logits, teacher_logits, axis, where)
     if student.shape[-1] < 2:
         raise ValueError("standardized_soft_target_loss needs at least 2 classes: one has no standard deviation")
     student, teacher = _standardize(student, epsilon), _standardize(teacher, epsilon)
-    return soft_target_loss(student, teacher, temperature, where=where)
+    return soft_target_loss(student, teacher, temperature=temperature, where=where)
 
 
 def _standardize(z: jax.Array, epsilon: float) -> jax.Array:
@@ -143,8 +143,8 @@ def _standardize(z: jax.Array, epsilon: float) -> jax.Array:
 def reverse_kl_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -161,8 +161,8 @@ def jensen_shannon_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     beta: float = 0.5,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -242,7 +242,7 @@ def _probabilities(
 
 
 def batch_correlation_loss(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number = 4.0, *, where: ArrayLike | None = None
+    student_logits: ArrayLike, teacher_logits: ArrayLike, *, temperature: Number = 4.0, where: ArrayLike | None = None
 ) -> jax.Array:
     """The batch-level part of multi-level distillation: `||P_t P_t^T - P_s P_s^T||^2 / batch`, `P = softmax(z / T)`.
 
@@ -252,7 +252,7 @@ def batch_correlation_loss(
     Args:
       student_logits: `[batch, classes]`.
       teacher_logits: the same shape; constant.
-      temperature: above 0.
+      temperature: above 0; by default the middle one of the paper's five.
       where: `[batch]`, which examples count.
 
     Returns:
@@ -263,7 +263,7 @@ def batch_correlation_loss(
 
 
 def class_correlation_loss(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Number = 4.0, *, where: ArrayLike | None = None
+    student_logits: ArrayLike, teacher_logits: ArrayLike, *, temperature: Number = 4.0, where: ArrayLike | None = None
 ) -> jax.Array:
     """The class-level part of multi-level distillation: `||P_t^T P_t - P_s^T P_s||^2 / classes`.
 
@@ -298,7 +298,9 @@ def multi_level_loss(
     total = jnp.zeros((), jnp.float32)
     for temperature in temperatures:
         check_positive(temperature, "temperature")
-        total += masked_mean(soft_target_loss(student_logits, teacher_logits, temperature, where=where), where)
-        total += batch_correlation_loss(student_logits, teacher_logits, temperature, where=where)
-        total += class_correlation_loss(student_logits, teacher_logits, temperature, where=where)
+        total += masked_mean(
+            soft_target_loss(student_logits, teacher_logits, temperature=temperature, where=where), where
+        )
+        total += batch_correlation_loss(student_logits, teacher_logits, temperature=temperature, where=where)
+        total += class_correlation_loss(student_logits, teacher_logits, temperature=temperature, where=where)
     return total

@@ -41,7 +41,7 @@ class AlternatingState(NamedTuple):
     """The state of `alternating`."""
 
     turn: jax.Array  # int32 scalar: the updates made so far
-    networks: tuple[Any, ...]  # each network's own optimizer state
+    networks: tuple[Any, ...]  # each network's own optimizer state, at the network's own place in the parameters
 
 
 def alternating(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -53,36 +53,44 @@ def alternating(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     weight decay move a network that has none.
 
     Args:
-      tx: the optimizer, of which every network gets its own state.
+      tx: the optimizer, of which every network gets its own state. It sees the whole list, tuple or dict with None for
+        the other networks, so that the paths in its state end with the parameters'.
 
     Returns:
       An optimizer for a list, tuple or dict of networks' parameters; update `k` moves network `k % n`.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def networks(tree: Any) -> tuple[list[Any], Any]:
-        return jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+    def alone(tree: Any) -> list[Any]:
+        """`tree` once for each network, with None for the others."""
+        networks, structure = jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
+        return [
+            jax.tree.unflatten(structure, [x if i == k else None for i, x in enumerate(networks)])
+            for k in range(len(networks))
+        ]
 
     def init_fn(params: Any) -> AlternatingState:
-        return AlternatingState(jnp.zeros((), jnp.int32), tuple(tx.init(p) for p in networks(params)[0]))
+        return AlternatingState(jnp.zeros((), jnp.int32), tuple(tx.init(p) for p in alone(params)))
 
     def update_fn(
         updates: Any, state: AlternatingState, params: Any = None, **extra: Any
     ) -> tuple[Any, AlternatingState]:
-        each, structure = networks(updates)
-        weights = [None] * len(each) if params is None else networks(params)[0]
+        each = alone(updates)
+        weights = [None] * len(each) if params is None else alone(params)
         moves, states = [], []
         for k, (u, s, p) in enumerate(zip(each, state.networks, weights, strict=True)):
             is_turn = state.turn % len(each) == k
             move, after = tx.update(u, s, p, **extra)
-            moves.append(jax.tree.map(lambda x, on=is_turn: jnp.where(on, x, jnp.zeros_like(x)), move))
+            moves += [jnp.where(is_turn, x, jnp.zeros_like(x)) for x in jax.tree.leaves(move)]
             states.append(jax.tree.map(lambda new, old, on=is_turn: jnp.where(on, new, old), after, s))
-        return jax.tree.unflatten(structure, moves), AlternatingState(state.turn + 1, tuple(states))
+        return jax.tree.unflatten(jax.tree.structure(updates), moves), AlternatingState(state.turn + 1, tuple(states))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def refined_labels(predict: Callable[[jax.Array], jax.Array], crops: ArrayLike, temperature: Number = 1.0) -> jax.Array:
+def refined_labels(
+    predict: Callable[[jax.Array], jax.Array], crops: ArrayLike, *, temperature: Number = 1.0
+) -> jax.Array:
     """Label refinery: the soft label of each crop is what the teacher sees in that very crop.
 
     Bagherinezhad et al., "Label refinery: improving ImageNet classification through label progression", 2018, section

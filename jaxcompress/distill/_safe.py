@@ -59,6 +59,8 @@ def adaptive_pool(x: jax.Array, size: tuple[int, int], reduce: Callable[..., jax
     Output row `i` covers the input rows from `floor(i H / h)` to `ceil((i + 1) H / h)`, which overlap where `h` does
     not divide `H` (the convention of adaptive pooling).
     """
+    if np.shape(size) != (2,) or min(size) < 1:
+        raise ValueError(f"size must be a height and a width from 1, got {size}")
     for axis, out in ((1, size[0]), (2, size[1])):
         if x.shape[axis] == out:
             continue

@@ -4,6 +4,7 @@ A schedule maps a step, traced or not, to a number, as optax's do, and optax's o
 `join_schedules`, ...) serve as well.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,13 +85,14 @@ def moving_average(teacher: Any, student: Any, decay: float, step: int | jax.Arr
       teacher: a parameter tree.
       student: a tree of the same structure and shapes.
       decay: in [0, 1].
-      step: if given, decay is at most `1 - 1 / (step + 1)`, so that early on the average is the plain mean of all
-        students from step 0 rather than of the initial weights.
+      step: if given, from 0, decay is at most `1 - 1 / (step + 1)`, so that early on the average is the plain mean of
+        all students from step 0 rather than of the initial weights.
 
     Returns:
       The new teacher's tree.
     """
     check_between(decay, 0.0, 1.0, "decay")
+    check_between(0 if step is None else step, 0, math.inf, "step")
     theirs: Any = jax.tree.structure(teacher)
     ours: Any = jax.tree.structure(student)
     if theirs != ours:

@@ -29,10 +29,10 @@ class Sequences(NamedTuple):
 
 
 def sample_sequences(
+    key: jax.Array,
     logits_fn: Callable[[jax.Array], jax.Array],
     prompts: ArrayLike,
     length: int,
-    key: jax.Array,
     *,
     temperature: float = 1.0,
     end_token: int | None = None,
@@ -40,12 +40,12 @@ def sample_sequences(
     """Continues prompts token by token, each drawn from the model's distribution.
 
     Args:
+      key: a random key.
       logits_fn: from tokens `[batch, length]` to next-token logits `[batch, length, vocabulary]`; causal, since what
         is not yet sampled stands as zeros. The teacher's for `sequence_level_loss`, the student's for
         `on_policy_loss`.
       prompts: `[batch, prompt]`, integer, at least one token.
       length: of the result, prompt included.
-      key: a random key.
       temperature: 0 for the most probable token (greedy).
       end_token: ends a sequence; what follows is filled with it and doesn't count.
 
@@ -124,7 +124,7 @@ def on_policy_loss(
     """
     check_positive(temperature, "temperature")
     student, teacher = (as_float(x, "logits")[:, :-1] for x in (student_logits, teacher_logits))
-    return jensen_shannon_loss(student, teacher, beta, temperature, where=sequences.where[:, 1:])
+    return jensen_shannon_loss(student, teacher, beta, temperature=temperature, where=sequences.where[:, 1:])
 
 
 def mix_sequences(key: jax.Array, on_policy: Sequences, fixed: Sequences, student_share: Number) -> Sequences:

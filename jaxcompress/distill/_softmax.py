@@ -49,8 +49,8 @@ def temperature_log_softmax(logits: ArrayLike, temperature: Number = 1.0, axis: 
 def soft_target_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -80,8 +80,8 @@ def soft_target_loss(
 def soft_cross_entropy_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -120,7 +120,7 @@ def distillation_loss(
     labels: ArrayLike,
     *,
     alpha: Number = 0.9,
-    temperature: Number = 4.0,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -142,7 +142,7 @@ def distillation_loss(
       One value an example, `[...]`.
     """
     check_between(alpha, 0.0, 1.0, "alpha")
-    soft = soft_target_loss(student_logits, teacher_logits, temperature, axis=axis, where=where)
+    soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature, axis=axis, where=where)
     hard = hard_label_loss(student_logits, labels, axis=axis, where=where)
     return alpha * soft + (1 - alpha) * hard
 
@@ -152,28 +152,28 @@ def weighted_distillation_loss(
     teacher_logits: ArrayLike,
     labels: ArrayLike,
     *,
-    alpha: Number = 0.1,
-    beta: Number = 0.9,
-    temperature: Number = 4.0,
+    hard_weight: Number = 0.1,
+    soft_weight: Number = 0.9,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The total with two free weights: `alpha * H(labels, p_student) + beta * T^2 H(p_teacher, p_student)`.
+    """The total with two free weights, `hard_weight` and `soft_weight`.
 
-    `H` is the cross-entropy; hard labels at temperature 1, soft targets at `T`. Note that here `alpha` weighs the
-    *hard* labels, as in the formula's usual telling, and that `beta` need not be `1 - alpha`. Its gradient with
-    `alpha = 1 - a, beta = a` is that of `distillation_loss(alpha=a)`. Shapes as there.
+    `hard_weight * H(labels, p_student) + soft_weight * T^2 H(p_teacher, p_student)`, where `H` is the cross-entropy;
+    hard labels at temperature 1, soft targets at `T`. The weights need not sum to 1. Its gradient with
+    `hard_weight = 1 - a, soft_weight = a` is that of `distillation_loss(alpha=a)`. Shapes as there.
     """
-    soft = soft_cross_entropy_loss(student_logits, teacher_logits, temperature, axis=axis, where=where)
+    soft = soft_cross_entropy_loss(student_logits, teacher_logits, temperature=temperature, axis=axis, where=where)
     hard = hard_label_loss(student_logits, labels, axis=axis, where=where)
-    return alpha * hard + beta * soft
+    return hard_weight * hard + soft_weight * soft
 
 
 def soft_label_loss(
     student_logits: ArrayLike,
     targets: ArrayLike,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:

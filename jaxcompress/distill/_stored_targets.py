@@ -40,7 +40,12 @@ class SampledTargets(NamedTuple):
     weights: jax.Array
 
 
-def top_k_targets(teacher_logits: ArrayLike, k: int | float, temperature: Number = 1.0) -> TopKTargets:
+def _check_kind(targets: object, kind: type, makers: str) -> None:
+    if not isinstance(targets, kind):
+        raise TypeError(f"targets must be {kind.__name__}, as {makers} makes them; got {type(targets).__name__}")
+
+
+def top_k_targets(teacher_logits: ArrayLike, k: int | float, *, temperature: Number = 1.0) -> TopKTargets:
     """The teacher's `k` most probable classes, to be stored.
 
     Args:
@@ -60,8 +65,8 @@ def top_k_targets(teacher_logits: ArrayLike, k: int | float, temperature: Number
 def top_k_target_loss(
     student_logits: ArrayLike,
     targets: TopKTargets,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     tail: bool = True,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -82,6 +87,7 @@ def top_k_target_loss(
       One value an example, `[...]`.
     """
     check_positive(temperature, "temperature")
+    _check_kind(targets, TopKTargets, "top_k_targets or a cache's top_k")
     log_student = log_softmax(logits(student_logits, "student_logits", where=where), temperature)
     if targets.indices.shape[:-1] != log_student.shape[:-1]:
         raise ValueError(
@@ -103,8 +109,8 @@ def sampled_targets(
     key: jax.Array,
     teacher_logits: ArrayLike,
     samples: int,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     proposal_temperature: Number | None = None,
 ) -> SampledTargets:
     """A few classes drawn from the teacher, such that the loss on them is right on average.
@@ -143,8 +149,8 @@ def sampled_targets(
 def sampled_target_loss(
     student_logits: ArrayLike,
     targets: SampledTargets,
-    temperature: Number = 1.0,
     *,
+    temperature: Number = 1.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
     """The cross-entropy of stored samples: `-T^2 sum_j w_j log p_student(i_j)`; on average `soft_cross_entropy_loss`.
@@ -159,6 +165,7 @@ def sampled_target_loss(
       One value an example, `[...]`.
     """
     check_positive(temperature, "temperature")
+    _check_kind(targets, SampledTargets, "sampled_targets")
     log_student = log_softmax(logits(student_logits, "student_logits", where=where), temperature)
     if targets.indices.shape[:-1] != log_student.shape[:-1]:
         raise ValueError(

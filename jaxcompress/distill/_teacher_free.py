@@ -78,7 +78,7 @@ def label_smoothing_loss(
 
 
 def virtual_teacher(
-    labels: ArrayLike, classes: int, correct_probability: Number = 0.99, temperature: Number = 20.0
+    labels: ArrayLike, classes: int, correct_probability: Number = 0.99, *, temperature: Number = 20.0
 ) -> jax.Array:
     """The soft targets of a teacher that is designed, not trained, and never wrong.
 
@@ -140,8 +140,8 @@ def teacher_free_loss(
     check_positive(student_temperature, "student_temperature")
     student = logits(student_logits, "student_logits", axis, where)
     labels = class_labels(labels, student.shape[:-1], student.shape[-1], where)
-    target = virtual_teacher(labels, student.shape[-1], correct_probability, temperature)
-    divergence = soft_label_loss(student, target, student_temperature, where=where) / student_temperature**2
+    target = virtual_teacher(labels, student.shape[-1], correct_probability, temperature=temperature)
+    divergence = soft_label_loss(student, target, temperature=student_temperature, where=where) / student_temperature**2
     return (1 - alpha) * hard_label_loss(student, labels, where=where) + alpha * multiplier * divergence
 
 

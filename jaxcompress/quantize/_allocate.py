@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import compressed, is_leaf, nbytes
+from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.calibrate._watched import Watcher, chosen_weights, measured
 from jaxcompress.paths import Rules, named_leaves
 from jaxcompress.quantize._convert import Scheme, converted_leaf
@@ -65,6 +66,7 @@ def layer_costs(
     """
     if not isinstance(schemes, Mapping):
         raise TypeError(f'schemes have names, as in {{"8": Affine(8), "4": Affine(4)}}, got {schemes!r}')
+    check_batches(batches)
     batches, leaves = list(batches), dict(named_leaves(params, is_leaf))
     names = chosen_weights(params, rules)
     tree = jax.tree.structure(params, is_leaf=is_leaf)

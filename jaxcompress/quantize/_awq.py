@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
+from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._scaling import (
@@ -69,6 +70,7 @@ def awq(
     """
     names = [name for name, _ in named_leaves(params, is_leaf)]
     specs = dict(zip(names, match(rules, names, None), strict=True))
+    check_batches(batches)
     if iter(batches) is batches:
         raise ValueError("awq reads the batches twice: hand in a list of them, not an iterator")
     first = next(iter(batches), None)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import is_leaf
+from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.calibrate._watched import Watcher, measured
 from jaxcompress.paths import named_leaves
 from jaxcompress.quantize._chains import chains
@@ -39,6 +40,7 @@ def correct_biases(fn: Callable[[Any, Any], Any], params: Any, small: Any, batch
     found = dict(named_leaves(small, is_leaf))
     if list(found) != list(leaves):
         raise ValueError("the compressed tree has other leaves than the parameters: they must be of one model")
+    check_batches(batches)
     batches = list(batches)
     if not batches:
         raise ValueError("there are no batches to measure inputs on: `batches` is empty")

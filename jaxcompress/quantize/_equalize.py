@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import InputObserver, Layout
+from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.calibrate._watched import Watcher, measured
 from jaxcompress.paths import named_leaves, with_leaves
 from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, shared_channels, with_fronts
@@ -46,6 +47,7 @@ def smooth(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is from 0 to 1, got {strength}")
+    check_batches(batches)
     batches = list(batches)
     if not batches:
         raise ValueError("there are no batches to measure inputs on: `batches` is empty")

@@ -36,7 +36,7 @@ def encode(header: Header, logits: jax.Array) -> np.ndarray:
         raise ValueError("the teacher's logits are NaN, or a row's largest is infinite: nothing of this batch was kept")
     out = np.empty(len(z), header.record())
     if header.k is not None:
-        few = [distill.top_k_targets(z, header.k, t) for t in header.temperatures]
+        few = [distill.top_k_targets(z, header.k, temperature=t) for t in header.temperatures]
         out["indices"] = few[0].indices
         out["log_tail"] = np.stack([each.log_tail for each in few], axis=1)
         z = jnp.take_along_axis(z, few[0].indices, axis=-1)

@@ -302,6 +302,9 @@ def test_what_cannot_be_measured(rng):
             input_statistics(fn, params, [x], {"^w$": True, "i": None})
     with pytest.raises(ValueError, match="no batches"):
         input_statistics(mlp, params, [], {"w": True})
+    for batch, message in ((x, r"of shape \[2, 4\]: .*hand in \[batch\]"), ({"x": x}, "got one dict: ")):
+        with pytest.raises(TypeError, match=f"batches must be several, .*{message}"):
+            input_statistics(mlp, params, batch, {"w": True})
     with pytest.raises(ValueError, match="not finite"):
         input_statistics(lambda p, x: x @ p["w"], params, [x.at[0, 0].set(jnp.nan)], {"^w$": True})
     with pytest.raises(TypeError, match="'i' is int32"):

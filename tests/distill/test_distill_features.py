@@ -300,7 +300,9 @@ def test_in_batch_contrast_prefers_matching_pairs(rows, rng):
     loss = functools.partial(distill.in_batch_contrastive_loss, temperature=0.05)
     matched, shuffled = loss(teacher * 3, teacher), loss(teacher[::-1], teacher)
     assert np.all(matched < 0.1) and np.all(shuffled > 1)
-    np.testing.assert_allclose(distill.in_batch_contrastive_loss(teacher, teacher, 1e6), np.log(6), rtol=1e-4)
+    np.testing.assert_allclose(
+        distill.in_batch_contrastive_loss(teacher, teacher, temperature=1e6), np.log(6), rtol=1e-4
+    )
     where = np.array([True] * 5 + [False])
     got = distill.in_batch_contrastive_loss(*rows, where=where)
     np.testing.assert_allclose(got[:5], distill.in_batch_contrastive_loss(rows[0][:5], rows[1][:5]), rtol=1e-5)

@@ -57,12 +57,12 @@ VID = distill.variational_projector(2, 2)
 ROWS, MAPS, TOKENS = (4,), (4, 4, 2), (3, 4)
 
 LOSSES = {
-    "soft_target_loss": (lambda s, t: distill.soft_target_loss(s, t, 20.0), ROWS, SOFT),
+    "soft_target_loss": (lambda s, t: distill.soft_target_loss(s, t, temperature=20.0), ROWS, SOFT),
     "soft_cross_entropy_loss": (distill.soft_cross_entropy_loss, ROWS, SOFT),
     "hard_label_loss": (lambda s, t: distill.hard_label_loss(s, labels(s)), ROWS, SOFT),
     "distillation_loss": (labelled(distill.distillation_loss), ROWS, SOFT),
     "weighted_distillation_loss": (labelled(distill.weighted_distillation_loss), ROWS, SOFT),
-    "soft_label_loss": (lambda s, t: distill.soft_label_loss(s, jax.nn.softmax(t), 2.0), ROWS, SOFT),
+    "soft_label_loss": (lambda s, t: distill.soft_label_loss(s, jax.nn.softmax(t), temperature=2.0), ROWS, SOFT),
     "decoupled_loss": (labelled(distill.decoupled_loss), ROWS, SOFT),
     "standardized_soft_target_loss": (distill.standardized_soft_target_loss, ROWS, SOFT),
     "reverse_kl_loss": (distill.reverse_kl_loss, ROWS, SOFT),

@@ -10,7 +10,7 @@ from jaxcompress import distill
 
 def plain(student, student_head, teacher, teacher_head, labels, where, *, alpha, beta, temperature):
     ours, theirs = student @ student_head, teacher @ teacher_head
-    soft = distill.jensen_shannon_loss(ours, theirs, beta, temperature, where=where)
+    soft = distill.jensen_shannon_loss(ours, theirs, beta, temperature=temperature, where=where)
     hard = distill.hard_label_loss(ours, labels, where=where)
     return distill.masked_mean(alpha * soft + (1 - alpha) * hard, where)
 
@@ -89,7 +89,7 @@ def test_memory_at_a_large_vocabulary():
         return distill.fused_distillation_loss(*a, temperature=2.0, chunk=64)
 
     def naive(s, w, t, v):
-        return distill.soft_target_loss(s @ w, t @ v, 2.0).mean()
+        return distill.soft_target_loss(s @ w, t @ v, temperature=2.0).mean()
 
     def temp(f):
         return jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes

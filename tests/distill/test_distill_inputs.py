@@ -57,11 +57,11 @@ def test_labels_may_be_bytes():
 
 TEMPERED = {
     "soft_target": distill.soft_target_loss,
-    "jensen_shannon": lambda s, t, T: distill.jensen_shannon_loss(s, t, temperature=T),
-    "decoupled": lambda s, t, T: distill.decoupled_loss(s, t, np.zeros(len(s), int), temperature=T),
+    "jensen_shannon": distill.jensen_shannon_loss,
+    "decoupled": lambda s, t, **at: distill.decoupled_loss(s, t, np.zeros(len(s), int), **at),
     "standardized": distill.standardized_soft_target_loss,
-    "top_k": lambda s, t, T: distill.top_k_loss(s, t, 2, temperature=T),
-    "dist": lambda s, t, T: distill.dist_loss(s, t, temperature=T),
+    "top_k": functools.partial(distill.top_k_loss, k=2),
+    "dist": distill.dist_loss,
     "in_batch_contrastive": distill.in_batch_contrastive_loss,
 }
 
@@ -78,14 +78,15 @@ def test_a_temperature_is_one_positive_number(name):
         (np.array(-2.0), "must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            loss(square, square, wrong)
-    np.testing.assert_allclose(loss(square, square[::-1], jnp.float32(2)), loss(square, square[::-1], 2), rtol=1e-6)
+            loss(square, square, temperature=wrong)
+    one, same = (loss(square, square[::-1], temperature=t) for t in (jnp.float32(2), 2))
+    np.testing.assert_allclose(one, same, rtol=1e-6)
 
 
 def test_a_temperature_an_example_by_vmap():
     temperatures = np.array([1.0, 2.0, 4.0, 8.0], np.float32)
-    got = jax.vmap(distill.soft_target_loss)(Z, T, temperatures)
-    want = [distill.soft_target_loss(z, t, h) for z, t, h in zip(Z, T, temperatures.tolist(), strict=True)]
+    got = jax.vmap(distill.soft_target_loss)(Z, T, temperature=temperatures)
+    want = [distill.soft_target_loss(z, t, temperature=h) for z, t, h in zip(Z, T, temperatures.tolist(), strict=True)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -100,11 +101,32 @@ def test_shares_and_weights_out_of_range():
         (lambda: distill.factor_transfer_loss(Z[..., None, None], T[..., None, None], order=0), "order must be 1"),
         (lambda: distill.similarity_preserving_loss(Z, T, norm_order=0), "norm_order must be above 0"),
         (lambda: distill.contrast_loss(Z, 0), "examples must be above 0"),
+        (lambda: distill.class_weighted_soft_loss(Z, T, [1.0, 1, 1, 1, -1]), "class_weights must not be negative"),
+        (lambda: distill.class_weighted_soft_loss(Z, T, -jnp.ones(5)), "class_weights must not be negative"),
+        (
+            lambda: distill.detection_class_loss(Z, T, np.zeros(4, int), background_weight=-1.5),
+            "background_weight must not be negative",
+        ),
+        (lambda: distill.moving_average(Z, T, 0.9, step=-1), "step must lie in"),
+        (lambda: distill.adaptive_pool(jnp.ones((1, 4, 4, 1)), (0, 2)), "a height and a width from 1"),
+        (lambda: distill.adaptive_pool(jnp.ones((1, 4, 4, 1)), 2), "a height and a width from 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     weighted = jax.jit(lambda w: distill.ensemble_targets(np.stack([Z, T]), weights=[w, 1 - w]))(0.25)
     np.testing.assert_allclose(weighted, 0.25 * jax.nn.softmax(Z) + 0.75 * jax.nn.softmax(T), rtol=1e-5)
+
+
+def test_kept_targets_are_not_an_array():
+    """Probabilities or logits have no place there, nor one kind's targets in the other's loss."""
+    kept, sampled = distill.top_k_targets(T, 3), distill.sampled_targets(jax.random.key(0), T, 3)
+    for loss, wrong in (
+        (distill.top_k_target_loss, (T, jnp.asarray(T), sampled)),
+        (distill.sampled_target_loss, (T, kept)),
+    ):
+        for targets in wrong:
+            with pytest.raises(TypeError, match=r"targets must be (TopK|Sampled)Targets, as .* makes them; got"):
+                loss(Z, targets)
 
 
 TOKENS = np.random.default_rng(2).normal(size=(4, 3, 3)).astype(np.float32)

@@ -27,7 +27,7 @@ def gradient(loss, student):
 def test_soft_targets_tend_to_half_the_centred_logit_matching(logits):
     s, t = logits
     limit = distill.logit_matching_loss(s, t, centred=True) / 2
-    gaps = [np.max(np.abs(distill.soft_target_loss(s, t, T) - limit)) for T in (10.0, 30.0, 100.0)]
+    gaps = [np.max(np.abs(distill.soft_target_loss(s, t, temperature=T) - limit)) for T in (10.0, 30.0, 100.0)]
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.05 * np.max(limit)
 
 
@@ -43,7 +43,7 @@ def test_decoupled_recombines_to_soft_targets(logits):
     s, t = logits
     doubt = 1 - softmax(t / 4)[np.arange(6), LABELS]
     whole = distill.decoupled_loss(s, t, LABELS, alpha=1.0, beta=jnp.asarray(doubt), temperature=4.0)
-    np.testing.assert_allclose(whole, distill.soft_target_loss(s, t, 4.0), rtol=1e-4)
+    np.testing.assert_allclose(whole, distill.soft_target_loss(s, t, temperature=4.0), rtol=1e-4)
 
 
 def test_standardized_ignores_scale_and_shift(logits):
@@ -84,9 +84,9 @@ def test_reverse_kl_seeks_a_mode_and_forward_kl_covers():
 def test_multi_level_is_the_sum_of_its_parts(logits):
     s, t = logits
     parts = sum(
-        jnp.mean(distill.soft_target_loss(s, t, T))
-        + distill.batch_correlation_loss(s, t, T)
-        + distill.class_correlation_loss(s, t, T)
+        jnp.mean(distill.soft_target_loss(s, t, temperature=T))
+        + distill.batch_correlation_loss(s, t, temperature=T)
+        + distill.class_correlation_loss(s, t, temperature=T)
         for T in (2.0, 4.0)
     )
     np.testing.assert_allclose(distill.multi_level_loss(s, t, (2.0, 4.0)), parts, rtol=1e-6)
@@ -95,7 +95,7 @@ def test_multi_level_is_the_sum_of_its_parts(logits):
 @pytest.mark.parametrize("tail", [True, False])
 def test_top_k_of_all_classes_is_the_whole_loss(logits, tail):
     got = distill.top_k_loss(*logits, 10, tail=tail, temperature=2.0)
-    np.testing.assert_allclose(got, distill.soft_target_loss(*logits, 2.0), rtol=1e-4)
+    np.testing.assert_allclose(got, distill.soft_target_loss(*logits, temperature=2.0), rtol=1e-4)
 
 
 def test_top_k_with_a_tail_never_exceeds_the_whole_divergence(logits):
@@ -112,8 +112,8 @@ def test_top_k_share_of_the_classes(logits):
 
 @pytest.mark.parametrize("tail", [True, False])
 def test_stored_top_k_is_the_live_one(logits, tail):
-    targets = distill.top_k_targets(logits[1], 3, 2.0)
-    got = distill.top_k_target_loss(logits[0], targets, 2.0, tail=tail)
+    targets = distill.top_k_targets(logits[1], 3, temperature=2.0)
+    got = distill.top_k_target_loss(logits[0], targets, temperature=2.0, tail=tail)
     np.testing.assert_allclose(got, distill.top_k_loss(*logits, 3, tail=tail, temperature=2.0), rtol=1e-5)
 
 
@@ -135,11 +135,13 @@ def test_sampled_targets_are_right_on_average(logits, proposal):
 
     @jax.jit
     def of_key(key):
-        targets = distill.sampled_targets(key, t, 8, 2.0, proposal_temperature=proposal)
-        return jax.value_and_grad(lambda z: jnp.sum(distill.sampled_target_loss(z, targets, 2.0)))(s)
+        targets = distill.sampled_targets(key, t, 8, temperature=2.0, proposal_temperature=proposal)
+        return jax.value_and_grad(lambda z: jnp.sum(distill.sampled_target_loss(z, targets, temperature=2.0)))(s)
 
     values, gradients = jax.lax.map(of_key, jax.random.split(jax.random.key(0), 2000), batch_size=200)
-    full, full_gradient = jax.value_and_grad(lambda z: jnp.sum(distill.soft_cross_entropy_loss(z, t, 2.0)))(s)
+    full, full_gradient = jax.value_and_grad(lambda z: jnp.sum(distill.soft_cross_entropy_loss(z, t, temperature=2.0)))(
+        s
+    )
     assert abs(values.mean() - full) < 4 * values.std() / 2000**0.5
     limit = 5 * gradients.std(0) / 2000**0.5 + 1e-4
     assert np.all(np.abs(gradients.mean(0) - full_gradient) < limit)
@@ -160,7 +162,7 @@ def test_label_smoothing_is_the_soft_loss_on_smooth_labels(logits):
 
 
 def test_virtual_teacher_is_right_and_even_elsewhere():
-    p = np.asarray(distill.virtual_teacher(np.array([2]), 5, 0.9, 2.0))[0]
+    p = np.asarray(distill.virtual_teacher(np.array([2]), 5, 0.9, temperature=2.0))[0]
     assert p.argmax() == 2 and np.ptp(np.delete(p, 2)) < 1e-7
     np.testing.assert_allclose(p[2] / p[0], np.exp((0.9 - 0.025) / 2), rtol=1e-5)
 
@@ -203,8 +205,8 @@ def test_rescaling_factor_of_a_certain_student_is_finite():
 
 def test_soft_label_loss_is_the_soft_target_loss_on_the_same_targets(logits):
     s, t = logits
-    got = distill.soft_label_loss(s, distill.temperature_softmax(t, 3.0), 3.0)
-    np.testing.assert_allclose(got, distill.soft_target_loss(s, t, 3.0), rtol=1e-4)
+    got = distill.soft_label_loss(s, distill.temperature_softmax(t, 3.0), temperature=3.0)
+    np.testing.assert_allclose(got, distill.soft_target_loss(s, t, temperature=3.0), rtol=1e-4)
     one_hot = jax.nn.one_hot(LABELS, 10)
     np.testing.assert_allclose(distill.soft_label_loss(s, one_hot), distill.hard_label_loss(s, LABELS), rtol=1e-5)
 
@@ -217,20 +219,23 @@ def test_ensembles_against_numpy(rng):
     geometric = np.exp(np.tensordot(shares, np.log(softmax(z / 2.0)), 1))
     geometric /= geometric.sum(-1, keepdims=True)
     for mean, want in (("probabilities", arithmetic), ("logits", geometric), ("log_probabilities", geometric)):
-        got = distill.ensemble_targets(z, 2.0, mean=mean, weights=weights)
+        got = distill.ensemble_targets(z, temperature=2.0, mean=mean, weights=weights)
         np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=mean)
-    moved = distill.ensemble_targets(np.moveaxis(z, -1, -2), 2.0, weights=weights, axis=-2)
+    moved = distill.ensemble_targets(np.moveaxis(z, -1, -2), temperature=2.0, weights=weights, axis=-2)
     np.testing.assert_allclose(np.moveaxis(moved, -2, -1), arithmetic, rtol=1e-5)
 
 
 def test_several_teachers_have_the_gradient_of_their_mean(logits, rng):
     s, teachers = logits[0], (rng.normal(size=(3, 6, 10)) * 3).astype("float32")
     weights = np.array([0.5, 0.2, 0.3])
-    mean = distill.ensemble_targets(teachers, 4.0, weights=weights)
-    together = gradient(lambda z: distill.several_teachers_loss(z, teachers, 4.0, weights=weights), s)
-    np.testing.assert_allclose(together, gradient(lambda z: distill.soft_label_loss(z, mean, 4.0), s), atol=2e-5)
+    mean = distill.ensemble_targets(teachers, temperature=4.0, weights=weights)
+    together = gradient(lambda z: distill.several_teachers_loss(z, teachers, temperature=4.0, weights=weights), s)
+    np.testing.assert_allclose(
+        together, gradient(lambda z: distill.soft_label_loss(z, mean, temperature=4.0), s), atol=2e-5
+    )
     assert np.all(
-        distill.several_teachers_loss(s, teachers, 4.0, weights=weights) >= distill.soft_label_loss(s, mean, 4.0) - 1e-4
+        distill.several_teachers_loss(s, teachers, temperature=4.0, weights=weights)
+        >= distill.soft_label_loss(s, mean, temperature=4.0) - 1e-4
     )
 
 

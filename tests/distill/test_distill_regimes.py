@@ -131,7 +131,7 @@ def test_ensemble_of_bootstrapped_teachers_beats_one_as_a_teacher():
         hard = np.asarray(jax.nn.one_hot(labels, 3))
         rows = [rng.integers(0, 200, 200) for _ in range(5)]
         teachers = jnp.stack([train(key, x[r], hard[r], x) for r in rows])
-        students = [train(key, x, distill.ensemble_targets(teachers[:n], 2.0), x_test) for n in (1, 5)]
+        students = [train(key, x, distill.ensemble_targets(teachers[:n], temperature=2.0), x_test) for n in (1, 5)]
         accuracies.append([np.mean(z.argmax(1) == truth) for z in students])
     alone, together = np.mean(accuracies, axis=0)
     assert together > alone + 0.01, accuracies

@@ -38,15 +38,17 @@ def test_values_are_numpys(logits, temperature):
     p_s, p_t = (np_softmax(z, temperature) for z in logits)
     kl = temperature**2 * np.sum(p_t * (np.log(p_t) - np.log(p_s)), -1)
     entropy = -(temperature**2) * np.sum(p_t * np.log(p_t), -1)
-    np.testing.assert_allclose(distill.soft_target_loss(*logits, temperature), kl, rtol=5e-5)
-    np.testing.assert_allclose(distill.soft_cross_entropy_loss(*logits, temperature), kl + entropy, rtol=5e-5)
+    np.testing.assert_allclose(distill.soft_target_loss(*logits, temperature=temperature), kl, rtol=5e-5)
+    np.testing.assert_allclose(
+        distill.soft_cross_entropy_loss(*logits, temperature=temperature), kl + entropy, rtol=5e-5
+    )
 
 
 @pytest.mark.parametrize("loss", SOFT)
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 def test_gradient_is_the_closed_form(logits, loss, temperature):
     """T (p_student - p_teacher), equation 2 of the paper with its T**2."""
-    got = jax.grad(lambda s: loss(s, logits[1], temperature).sum())(logits[0])
+    got = jax.grad(lambda s: loss(s, logits[1], temperature=temperature).sum())(logits[0])
     want = temperature * (np_softmax(logits[0], temperature) - np_softmax(logits[1], temperature))
     np.testing.assert_allclose(got, want, atol=2e-5 * temperature)
 
@@ -54,19 +56,19 @@ def test_gradient_is_the_closed_form(logits, loss, temperature):
 def test_gradient_tends_to_centred_logit_matching_at_high_temperature(logits):
     """Equation 4 of the paper: dC/dz_i = (z_i - v_i) / N for zero-mean logits, here times T**2 / T**2."""
     s, t = (z - z.mean(-1, keepdims=True) for z in logits)
-    got = jax.grad(lambda z: distill.soft_target_loss(z, t, 1000.0).sum())(s)
+    got = jax.grad(lambda z: distill.soft_target_loss(z, t, temperature=1000.0).sum())(s)
     np.testing.assert_allclose(got, (s - t) / 10, atol=0.02)
 
 
 @pytest.mark.parametrize("loss", SOFT)
 def test_no_gradient_reaches_the_teacher(logits, loss):
-    assert not np.any(jax.grad(lambda t: loss(logits[0], t, 2.0).sum())(logits[1]))
+    assert not np.any(jax.grad(lambda t: loss(logits[0], t, temperature=2.0).sum())(logits[1]))
 
 
 def test_total_weighs_its_two_halves(logits):
     labels = np.arange(6) % 10
     hard = -np.log(np_softmax(logits[0])[np.arange(6), labels])
-    soft = np.asarray(distill.soft_target_loss(*logits, 3.0))
+    soft = np.asarray(distill.soft_target_loss(*logits, temperature=3.0))
     got = distill.distillation_loss(*logits, labels, alpha=0.7, temperature=3.0)
     np.testing.assert_allclose(got, 0.7 * soft + 0.3 * hard, rtol=1e-5)
     np.testing.assert_allclose(distill.hard_label_loss(logits[0], labels), hard, rtol=1e-5)
@@ -76,7 +78,9 @@ def test_two_weights_have_the_gradient_of_one(logits):
     labels = np.arange(6) % 10
     one = jax.grad(lambda z: distill.distillation_loss(z, logits[1], labels, alpha=0.7, temperature=3.0).sum())
     two = jax.grad(
-        lambda z: distill.weighted_distillation_loss(z, logits[1], labels, alpha=0.3, beta=0.7, temperature=3.0).sum()
+        lambda z: distill.weighted_distillation_loss(
+            z, logits[1], labels, hard_weight=0.3, soft_weight=0.7, temperature=3.0
+        ).sum()
     )
     np.testing.assert_allclose(one(logits[0]), two(logits[0]), atol=1e-5)
 
@@ -91,8 +95,8 @@ def test_alpha_may_be_scheduled_under_jit(logits):
 
 def test_class_axis(logits):
     channels_first = [np.moveaxis(z.reshape(2, 3, 10), -1, 1) for z in logits]
-    got = distill.soft_target_loss(*channels_first, 2.0, axis=1)
-    np.testing.assert_allclose(got, distill.soft_target_loss(*logits, 2.0).reshape(2, 3), rtol=1e-6)
+    got = distill.soft_target_loss(*channels_first, temperature=2.0, axis=1)
+    np.testing.assert_allclose(got, distill.soft_target_loss(*logits, temperature=2.0).reshape(2, 3), rtol=1e-6)
     labels = np.arange(6).reshape(2, 3)
     got = distill.distillation_loss(*channels_first, labels, axis=1)
     np.testing.assert_allclose(got, distill.distillation_loss(*logits, labels.reshape(-1)).reshape(2, 3), rtol=1e-6)
@@ -121,16 +125,18 @@ def test_masked_mean_of_nothing_is_zero():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_computed_in_float32(logits, dtype):
     low = [jnp.asarray(z, dtype) for z in logits]
-    got = distill.soft_target_loss(*low, 4.0)
+    got = distill.soft_target_loss(*low, temperature=4.0)
     assert got.dtype == jnp.float32
-    np.testing.assert_array_equal(got, distill.soft_target_loss(*[z.astype("float32") for z in low], 4.0))
+    np.testing.assert_array_equal(got, distill.soft_target_loss(*[z.astype("float32") for z in low], temperature=4.0))
     assert jax.grad(lambda z: distill.soft_target_loss(z, low[1]).sum())(low[0]).dtype == dtype
 
 
 def test_a_class_excluded_on_both_sides_by_minus_infinity_adds_nothing(logits):
     cut = [np.concatenate([z, np.full((6, 1), -np.inf, "float32")], -1) for z in logits]
-    np.testing.assert_allclose(distill.soft_target_loss(*cut, 2.0), distill.soft_target_loss(*logits, 2.0), rtol=1e-6)
-    gradient = jax.grad(lambda z: distill.soft_target_loss(z, cut[1], 2.0).sum())(cut[0])
+    np.testing.assert_allclose(
+        distill.soft_target_loss(*cut, temperature=2.0), distill.soft_target_loss(*logits, temperature=2.0), rtol=1e-6
+    )
+    gradient = jax.grad(lambda z: distill.soft_target_loss(z, cut[1], temperature=2.0).sum())(cut[0])
     assert np.all(np.isfinite(gradient))
 
 
@@ -165,8 +171,8 @@ soft_target_loss = jax.jit(distill.soft_target_loss)
 @given(PAIRS)
 @settings(max_examples=50, deadline=None)
 def test_divergence_is_not_negative_and_zero_on_itself(pair):
-    assert np.all(soft_target_loss(*pair, 4.0) >= -1e-4)
-    np.testing.assert_allclose(soft_target_loss(pair[0], pair[0], 4.0), 0, atol=1e-6)
+    assert np.all(soft_target_loss(*pair, temperature=4.0) >= -1e-4)
+    np.testing.assert_allclose(soft_target_loss(pair[0], pair[0], temperature=4.0), 0, atol=1e-6)
 
 
 def test_bad_input():
@@ -174,7 +180,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="one shape"):
         distill.soft_target_loss(z, z[:1])
     with pytest.raises(ValueError, match="temperature must be above 0"):
-        distill.soft_target_loss(z, z, 0.0)
+        distill.soft_target_loss(z, z, temperature=0.0)
     with pytest.raises(TypeError, match="floating"):
         distill.soft_target_loss(z.astype(int), z)
     with pytest.raises(ValueError, match="class axis"):

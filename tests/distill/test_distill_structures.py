@@ -129,7 +129,7 @@ def bigram(tokens):
 
 def test_samples_follow_the_model():
     prompts = np.zeros((4000, 1), int)
-    sequences = distill.sample_sequences(bigram, prompts, 4, jax.random.key(0))
+    sequences = distill.sample_sequences(jax.random.key(0), bigram, prompts, 4)
     counts = np.zeros((4, 4))
     np.add.at(counts, (sequences.tokens[:, :-1].ravel(), sequences.tokens[:, 1:].ravel()), 1)
     np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), TRANSITIONS, atol=0.03)
@@ -137,9 +137,9 @@ def test_samples_follow_the_model():
 
 
 def test_greedy_samples_and_the_end_of_a_sequence():
-    greedy = distill.sample_sequences(bigram, np.array([[0], [1]]), 5, jax.random.key(0), temperature=0)
+    greedy = distill.sample_sequences(jax.random.key(0), bigram, np.array([[0], [1]]), 5, temperature=0)
     np.testing.assert_array_equal(greedy.tokens, [[0, 1, 2, 0, 1], [1, 2, 0, 1, 2]])
-    ended = distill.sample_sequences(bigram, np.zeros((200, 1), int), 12, jax.random.key(1), end_token=3)
+    ended = distill.sample_sequences(jax.random.key(1), bigram, np.zeros((200, 1), int), 12, end_token=3)
     tokens, where = np.asarray(ended.tokens), np.asarray(ended.where)
     for row, counts in zip(tokens, where, strict=True):
         ends = np.flatnonzero(row == 3)
@@ -149,7 +149,7 @@ def test_greedy_samples_and_the_end_of_a_sequence():
 
 
 def test_sequence_level_loss_is_the_teachers_sequences_likelihood():
-    sequences = distill.sample_sequences(bigram, np.zeros((5, 1), int), 4, jax.random.key(2))
+    sequences = distill.sample_sequences(jax.random.key(2), bigram, np.zeros((5, 1), int), 4)
     losses = distill.sequence_level_loss(bigram(sequences.tokens), sequences)
     tokens = np.asarray(sequences.tokens)
     np.testing.assert_allclose(losses, -np.log(TRANSITIONS[tokens[:, :-1], tokens[:, 1:]] + 1e-9), rtol=1e-4)
@@ -157,16 +157,15 @@ def test_sequence_level_loss_is_the_teachers_sequences_likelihood():
 
 def test_sequence_level_student_learns_the_teachers_mode():
     """Trained on greedy sequences alone, the student's greedy path is the teacher's."""
-    sequences = distill.sample_sequences(bigram, np.array([[0], [1], [2]]), 6, jax.random.key(0), temperature=0)
+    sequences = distill.sample_sequences(jax.random.key(0), bigram, np.array([[0], [1], [2]]), 6, temperature=0)
     table = jnp.zeros((4, 4))
     step = jax.jit(
         lambda w: w - jax.grad(lambda w: distill.sequence_level_loss(w[sequences.tokens], sequences).mean())(w)
     )
     for _ in range(50):
         table = step(table)
-    copied = distill.sample_sequences(
-        lambda x: table[x], np.array([[0], [1], [2]]), 6, jax.random.key(0), temperature=0
-    )
+    prompts = np.array([[0], [1], [2]])
+    copied = distill.sample_sequences(jax.random.key(0), lambda x: table[x], prompts, 6, temperature=0)
     np.testing.assert_array_equal(copied.tokens, sequences.tokens)
 
 
@@ -178,7 +177,7 @@ def test_on_policy_student_reaches_the_teacher_where_it_goes():
 
     @jax.jit
     def step(table, key):
-        sequences = distill.sample_sequences(lambda x: table[x], jnp.zeros((32, 1), int), 8, key)
+        sequences = distill.sample_sequences(key, lambda x: table[x], jnp.zeros((32, 1), int), 8)
 
         def loss(table):
             losses = distill.on_policy_loss(table[sequences.tokens], teacher[sequences.tokens], sequences, beta=0.5)
@@ -224,13 +223,13 @@ def test_bad_input(rng):
         ),
         (lambda: distill.detection_class_loss(boxes, boxes, np.zeros(2, int), background=4), "background must be"),
         (lambda: distill.teacher_bounded_loss(boxes, boxes, boxes[:1]), "boxes and targets"),
-        (lambda: distill.sample_sequences(bigram, np.zeros((1, 3), int), 3, key), "length must exceed"),
-        (lambda: distill.sample_sequences(bigram, np.zeros((1, 1), int), 3, key, temperature=-1.0), "temperature"),
+        (lambda: distill.sample_sequences(key, bigram, np.zeros((1, 3), int), 3), "length must exceed"),
+        (lambda: distill.sample_sequences(key, bigram, np.zeros((1, 1), int), 3, temperature=-1.0), "temperature"),
         (lambda: distill.mix_sequences(key, sequence, longer, 0.5), "one shape"),
         (lambda: distill.mix_sequences(key, sequence, sequence, 1.5), "student_share"),
         (lambda: distill.teacher_bounded_loss(boxes, boxes, boxes, margin=-1.0), "margin must not be below 0"),
-        (lambda: distill.sample_sequences(bigram, np.zeros((1, 1)), 3, key), "prompts must be integers"),
-        (lambda: distill.sample_sequences(bigram, np.zeros(1, int), 3, key), r"\[batch, prompt\]"),
+        (lambda: distill.sample_sequences(key, bigram, np.zeros((1, 1)), 3), "prompts must be integers"),
+        (lambda: distill.sample_sequences(key, bigram, np.zeros(1, int), 3), r"\[batch, prompt\]"),
     ]
     for call, message in wrong:
         with pytest.raises((ValueError, TypeError), match=message):

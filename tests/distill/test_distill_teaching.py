@@ -47,7 +47,7 @@ def apply(params, x):
 def loss_fn(params, batch, context):
     logits = apply(params, batch["x"])
     where = jnp.broadcast_to(batch["where"], logits.shape[:-1])
-    soft = distill.soft_label_loss(logits, batch["targets"], batch["temperature"], where=where)
+    soft = distill.soft_label_loss(logits, batch["targets"], temperature=batch["temperature"], where=where)
     hard = distill.hard_label_loss(logits, batch["labels"], where=where)
     losses = batch["alpha"] * soft + (1 - batch["alpha"]) * hard
     return COPIES * distill.masked_mean(losses, where), {}, context.extras
@@ -190,7 +190,7 @@ def test_hints_first_give_soft_targets_a_start():
         guided = jax.vmap(regressor.apply)(params["regressor"], hidden(params["student"], batch["x"]))
         hints = jax.vmap(distill.hint_loss)(guided, hidden(context.frozen, batch["x"])).mean()
         logits, above = (apply(p, batch["x"]) for p in (params["student"], context.frozen))
-        taught = distill.soft_target_loss(logits, above, 2.0).mean()
+        taught = distill.soft_target_loss(logits, above, temperature=2.0).mean()
         return COPIES * (weights.hint * hints + weights.soft_target * taught), {}, context.extras
 
     learn, found = train.make_step(staged, TX), {}

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxcompress import distill, pack, train
+from jaxcompress import distill, pack, prune, train
 
 PROJECTOR = distill.dense_projector(8, 32)
 CONTRAST = distill.dense_projector(8, 32, bias=False)
@@ -33,7 +33,7 @@ def loss_fn(params, batch, context):
     teacher_logits, hint = network(context.frozen, batch["x"])
     hints = distill.hint_loss(PROJECTOR.apply(params["projector"], hidden), hint).mean()
     contrast = distill.in_batch_contrastive_loss(CONTRAST.apply(params["contrast"], hidden), hint).mean()
-    soft = distill.soft_target_loss(logits, teacher_logits, 2.0).mean()
+    soft = distill.soft_target_loss(logits, teacher_logits, temperature=2.0).mean()
     return hints + 0.1 * contrast + soft, {"hint": hints}, context.extras
 
 
@@ -115,3 +115,48 @@ def test_a_contrast_memory_and_an_averaged_teacher_stand_in_the_extras():
     memory = state.extras["memory"]
     assert np.isfinite(memory.student_log_constant) and int(state.step) == 3
     np.testing.assert_allclose(np.linalg.norm(memory.student[index], axis=1), 1, rtol=1e-5)
+
+
+PEERS = {"a": {"kernel": jnp.ones((8, 16))}, "b": {"kernel": jnp.ones((8, 16))}}
+
+
+def test_the_optimizer_of_networks_in_turn_lies_as_they_do():
+    """Each network's moments are found by its own path, not by what all networks call their weight."""
+    state = train.TrainState.create(PEERS, distill.alternating(TX), key=jax.random.key(0))
+    mesh = train.make_mesh(data=4, model=2)
+    placed = train.shardings(state, mesh, [("^a/kernel$", P(None, "model")), ("b/kernel$", P("data"))])
+    for k, (name, spec) in enumerate({"a": P(None, "model"), "b": P("data")}.items()):
+        moments = placed.opt_state.networks[k][0]
+        assert placed.params[name]["kernel"].spec == moments.mu[name]["kernel"].spec == spec
+        assert moments.count.spec == P()
+
+
+def test_networks_in_turn_are_pruned_each_on_its_own():
+    grads = jax.tree.map(jnp.ones_like, PEERS)
+    tx = distill.alternating(optax.chain(optax.sgd(0.1), prune.sparsify({"kernel$": 0.5}, prune.one_shot())))
+    params, state = PEERS, tx.init(PEERS)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    kept = prune.masks(state)
+    assert kept.keys() == {"a/kernel", "b/kernel"}
+    for name, mask in kept.items():
+        assert prune.sparsity(params)[name] == 0.5 == 1 - float(mask.mean())
+
+
+def test_a_weight_that_comes_back_has_no_moments_of_networks_in_turn():
+    rules = {name: 0.5 for name in ("a/kernel$", "b/kernel$")}
+    tx = prune.around(distill.alternating(TX), prune.rewire(rules, end=100, every=2, key=jax.random.key(0)))
+    params, state, came_back = PEERS, tx.init(PEERS), 0
+    update = jax.jit(tx.update)
+    for k in range(3):
+        before = prune.masks(state)
+        grads = jax.tree.map(lambda x, k=k: jax.random.normal(jax.random.key(k), x.shape), PEERS)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for i, name in enumerate("ab"):
+            back = prune.masks(state)[f"{name}/kernel"] & ~before[f"{name}/kernel"]
+            moments = state.inner.networks[i][0]
+            assert not moments.mu[name]["kernel"][back].any() and not moments.nu[name]["kernel"][back].any()
+            came_back += int(back.sum())
+    assert came_back > 0

@@ -123,6 +123,26 @@ def test_histograms_are_those_of_numpy_wherever_the_product_stands(rng):
             assert np.abs(counts - 2 * expected).sum() <= 8  # what rounding moved over an edge
 
 
+def test_one_batch_is_not_batches():
+    """Its rows would pass for batches, and give other ranges, or steps, without a word."""
+    params, x, pairs = {"a": jnp.eye(3), "b": jnp.eye(3)}, jnp.ones((2, 3)), [(["a"], ["b"])]
+    small = quantize.convert(params, {"a": SPEC})
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    for call in (
+        lambda: quantize.input_ranges(fn, params, x, {"a": SPEC}),
+        lambda: quantize.layer_costs(fn, params, x, {"a": True}, {"4": SPEC}),
+        lambda: quantize.smooth(fn, params, x, pairs),
+        lambda: quantize.awq(fn, params, x, {"b": SPEC}, pairs),
+        lambda: quantize.gptq(fn, params, x, {"a": SPEC}),
+        lambda: quantize.correct_biases(fn, params, small, x),
+    ):
+        with pytest.raises(TypeError, match=r"batches must be several"):
+            call()
+
+
 def test_refuses(rng):
     x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
 

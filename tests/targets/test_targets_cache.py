@@ -87,8 +87,8 @@ def to_build(count=512):
 
 def soft_loss(student, kept):
     if isinstance(kept, distill.TopKTargets):
-        return distill.top_k_target_loss(student, kept, TEMPERATURE)
-    return distill.soft_target_loss(student, kept, TEMPERATURE)
+        return distill.top_k_target_loss(student, kept, temperature=TEMPERATURE)
+    return distill.soft_target_loss(student, kept, temperature=TEMPERATURE)
 
 
 def loss_fn(params, batch, context):
@@ -146,7 +146,7 @@ def test_bfloat16_stays_within_its_bound(tmp_path, full, live):
         bound = targets.rounding_bound(exact, temperature)
 
         def loss(z, t, T=temperature):
-            return distill.soft_cross_entropy_loss(z, t, T)
+            return distill.soft_cross_entropy_loss(z, t, temperature=T)
 
         gradients = [jax.grad(lambda z, t=t, loss=loss: loss(z, t).sum())(student) for t in (exact, rounded)]
         moved = np.abs(gradients[0] - gradients[1]).sum(-1)
@@ -184,8 +184,8 @@ def test_top_k_is_short_of_the_full_loss_by_the_tails_divergence(tmp_path, full,
         short = temperature**2 * terms.sum(-1)
         tolerance = 1e-4 if dtype == "float32" else 0.1
         losses = [
-            lambda z, T=temperature: distill.soft_target_loss(z, exact, T),
-            lambda z, T=temperature, kept=kept: distill.top_k_target_loss(z, kept, T),
+            lambda z, T=temperature: distill.soft_target_loss(z, exact, temperature=T),
+            lambda z, T=temperature, kept=kept: distill.top_k_target_loss(z, kept, temperature=T),
         ]
         np.testing.assert_allclose(losses[1](student), losses[0](student) - short, rtol=tolerance, atol=tolerance)
         gradients = [jax.grad(lambda z, loss=loss: loss(z).sum())(student) for loss in losses]
@@ -206,7 +206,7 @@ def test_float32_top_k_is_what_top_k_targets_gives(tmp_path, full):
             tmp_path / str(k), predict, to_build(BATCH), **WHO, top_k=k, temperatures=[TEMPERATURE]
         ).top_k([3, 1, 3], [2, 0, 2])
         z = np.stack([full.logits([i], s)[0] for i, s in ((3, 2), (1, 0), (3, 2))])
-        want = distill.top_k_targets(z, k, TEMPERATURE)
+        want = distill.top_k_targets(z, k, temperature=TEMPERATURE)
         np.testing.assert_array_equal(kept.indices, want.indices)
         np.testing.assert_allclose(kept.log_probabilities, want.log_probabilities, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(kept.log_tail, want.log_tail, rtol=1e-5)
