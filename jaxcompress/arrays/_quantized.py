@@ -30,8 +30,8 @@ class Quantized(Leaf):
     """
 
     values: Int8[Array, "*shape"] | Int4[Array, "*shape"] | UInt8[Array, "*packed"] | Float[Array, "*shape"]
-    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; int4 or int2 codes (see
-    `as_int4`); or small floats."""
+    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; int4 or int2 codes
+    (see `as_int4`); or small floats."""
     scale: Float[Array, "*blocks"]
     """The step of the integers' grid: float32, or float8_e8m0fnu (powers of two, of the mx formats)."""
     zero_point: Int8[Array, "*blocks"] | None

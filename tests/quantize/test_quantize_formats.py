@@ -185,7 +185,8 @@ def test_weights_up_to_the_largest_of_a_narrow_dtype_stay_finite(dtype, rng):
     w = jnp.asarray(w).astype(dtype)
     schemes = {f"{bits} bits": Affine(bits, symmetric=False) for bits in (2, 4, 7)}
     schemes |= {"bfloat16": Floats("bfloat16"), "e4m3": Floats()}
-    for name, leaf in jax.jit(lambda w: {name: scheme.convert(w) for name, scheme in schemes.items()})(w).items():
+    converted = jax.jit(lambda w: {name: scheme.convert(w) for name, scheme in schemes.items()})(w)
+    for name, leaf in converted.items():
         assert np.all(np.isfinite(np.float32(leaf.materialise()))), name
         if "bits" in name:
             np.testing.assert_array_equal(quantize.fake_quantize(w, schemes[name]), leaf.materialise())
