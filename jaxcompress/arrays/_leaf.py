@@ -182,6 +182,12 @@ def register(primitive: Primitive) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+    made_dense(primitive, values)
+    return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)
+
+
+def made_dense(primitive: Primitive, values: Sequence[Any]) -> None:
+    """Counts the leaves that a primitive meets as dense values; under `strict` that is an error."""
     for x in values:
         if is_leaf(x) and x.strict:
             raise MadeDenseError(
@@ -189,7 +195,6 @@ def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, A
                 f"rule for it here; register one (jaxcompress.arrays.register), or call compressed without strict=True"
             )
     _record(primitive, values, "dense")
-    return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)
 
 
 @contextlib.contextmanager
