@@ -183,10 +183,19 @@ def figure(
     x_title: str = "",
     y_title: str = "",
 ) -> None:
-    """Draws the rows as named points, `y` against `x` (logarithmic), joined in order. Needs matplotlib."""
+    """Draws the rows as named points, `y` against `x` (logarithmic), joined in order. Needs matplotlib.
+
+    Raises:
+      ValueError: a row lacks the figure `x` or `y`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no plotting on import, and no global state
     from matplotlib.figure import Figure
 
+    for row in rows:
+        if not {x, y} <= row.figures.keys():
+            raise ValueError(
+                f"row {row.name!r} lacks {x!r} or {y!r}; it has {sorted(row.figures)}: choose by x= and y="
+            )
     canvas = FigureCanvasAgg(Figure(figsize=(7, 4.5), layout="constrained"))
     axes = canvas.figure.add_subplot()
     xs, ys = [row.figures[x] for row in rows], [row.figures[y] for row in rows]

@@ -69,6 +69,8 @@ def test_figure(tmp_path):
     report.figure(tmp_path / "r.png", rows, x_title="bytes", y_title="accuracy")
     pixels = np.asarray(Image.open(tmp_path / "r.png").convert("L"))
     assert pixels.shape == (675, 1050) and np.mean(pixels < 128) > 0.005  # something is drawn
+    with pytest.raises(ValueError, match=r"'a' lacks 'bytes' or 'accuracy'; it has \['nbytes'\]"):
+        report.figure(tmp_path / "r.png", [report.Row("a", {"nbytes": 1.0})])
 
 
 def test_import_is_light():

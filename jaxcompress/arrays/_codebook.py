@@ -135,8 +135,15 @@ def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"
     centroids = _values(centroids, keep_zeros)
     if all(size == 1 for size in centroids.shape[:-1]):
         return from_table(centroids.reshape(-1), indices)
-    wide = jnp.take_along_axis(centroids, indices[..., None].astype(jnp.int32), axis=-1, mode="promise_in_bounds")
-    return jnp.squeeze(wide, -1)
+
+    def own(centroids: Array, indices: Array) -> Array:
+        wide = jnp.take_along_axis(centroids, indices[..., None].astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+        return jnp.squeeze(wide, -1)
+
+    sharding = jax.typeof(indices).sharding
+    if any(entry is not None for entry in sharding.spec):  # along explicit axes JAX asks how the result is divided
+        own = jax.sharding.auto_axes(own, out_sharding=sharding)
+    return own(centroids, indices)
 
 
 def _values(centroids: Array, keep_zeros: bool) -> Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 from jax._src import core
+from jax._src.pjit import reshard_p
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, primitives
 from jaxtyping import ArrayLike
@@ -29,7 +30,7 @@ from quax._compat import unpack_scan_args
 from quax._primitives import scan_quax
 from quax._trace import _QuaxTrace
 
-from jaxcompress.arrays._leaf import is_leaf
+from jaxcompress.arrays._leaf import Leaf, is_leaf, register
 
 _quax_custom_jvp = _QuaxTrace.process_custom_jvp_call
 
@@ -40,6 +41,19 @@ def _scan(*args: quax.ArrayValue | ArrayLike, **params: Any) -> Any:
     consts, carry, xs = unpack_scan_args(args, params)
     sliced = [x.unshared(params["length"]) if is_leaf(x) else x for x in xs]
     return scan_quax(*consts, *carry, *sliced, **params)
+
+
+@register(reshard_p)
+def _reshard(w: Leaf, *, dst_sharding: Any, **params: Any) -> Any:
+    """A leaf that goes where its type won't say how it is divided: onto automatic axes, as `.at[].get` takes it."""
+    if any(entry is not None for entry in dst_sharding.spec):
+        return NotImplemented
+
+    def there(child: jax.Array) -> jax.Array:
+        spec = jax.sharding.PartitionSpec(*[None] * child.ndim)
+        return reshard_p.bind(child, dst_sharding=dst_sharding.update(spec=spec), **params)
+
+    return jax.tree.map(there, w)
 
 
 @quax.register(primitives.remat_p)

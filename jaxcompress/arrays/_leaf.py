@@ -184,6 +184,12 @@ def register(primitive: Primitive) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
+    made_dense(primitive, values)
+    return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)
+
+
+def made_dense(primitive: Primitive, values: Sequence[Any]) -> None:
+    """Counts the leaves that a primitive meets as dense values; under `strict` that is an error."""
     for x in values:
         if is_leaf(x) and x.strict:
             raise MadeDenseError(
@@ -191,7 +197,6 @@ def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, A
                 f"rule for it here; register one (jaxcompress.arrays.register), or call compressed without strict=True"
             )
     _record(primitive, values, "dense")
-    return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)
 
 
 @contextlib.contextmanager
@@ -228,14 +233,16 @@ def nbytes(tree: Any) -> int:
     return sum(_array_nbytes(x) for x in jax.tree.leaves(tree))
 
 
+_PART_OF_A_BYTE = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}  # JAX stores several a byte
+
+
 def _array_nbytes(x: Any) -> int:
     if not hasattr(x, "dtype"):
         x = jnp.asarray(x)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return _array_nbytes(jax.eval_shape(jax.random.key_data, x))
-    if x.dtype in (jnp.int4, jnp.uint4):  # JAX stores two values a byte
-        return (x.size + 1) // 2
-    return x.size * x.dtype.itemsize
+    bits = _PART_OF_A_BYTE.get(x.dtype.name, 8 * x.dtype.itemsize)
+    return (x.size * bits + 7) // 8
 
 
 def _record(primitive: Primitive, values: Sequence[Any], how: str) -> None:

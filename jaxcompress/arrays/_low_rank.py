@@ -1,7 +1,7 @@
 """Weights of low rank: the product of two thin factors."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array
 
-from jaxcompress.arrays._leaf import Leaf, dense
+from jaxcompress.arrays._leaf import Leaf, dense, made_dense
 
 Factor = Array | Leaf
 
@@ -89,6 +89,13 @@ class LowRank(Leaf):
         )
         order = (*stack, *left.axes, *right.axes)
         return jnp.transpose(stored, [order.index(axis) for axis in range(stored.ndim)])
+
+    def unshared(self, length: int) -> Any:
+        """Each step's factors; where `scan` slices a weight that is no stack, its dense value."""
+        if self.stacked:
+            return super().unshared(length)
+        made_dense(lax.scan_p, [self])
+        return self.materialise()
 
     @property
     def stacked(self) -> int:

@@ -30,8 +30,8 @@ class Quantized(Leaf):
     """
 
     values: Int8[Array, "*shape"] | Int4[Array, "*shape"] | UInt8[Array, "*packed"] | Float[Array, "*shape"]
-    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; int4 codes (see
-    `as_int4`); or small floats."""
+    """int8 codes, or `8 // bits` codes a byte along the last axis, the first in the lowest bits; int4 or int2 codes
+    (see `as_int4`); or small floats."""
     scale: Float[Array, "*blocks"]
     """The step of the integers' grid: float32, or float8_e8m0fnu (powers of two, of the mx formats)."""
     zero_point: Int8[Array, "*blocks"] | None
@@ -149,19 +149,19 @@ class Quantized(Leaf):
         return dataclasses.replace(self, values=moved(jnp.swapaxes(self.values, -1, -2)), turned=True)
 
     def as_int4(self) -> "Quantized":
-        """The same weight with its 4-bit codes as an array of JAX's int4, not as bytes of two.
+        """The same weight with its 4-bit codes as an array of JAX's int4, not as bytes of two; of 2 bits, int2.
 
         So XLA itself takes them apart, which on a TPU it does inside the product. Every number stays.
 
         Raises:
-          ValueError: codes that don't have 4 bits.
+          ValueError: codes of 8 bits, or no codes.
         """
-        if self.bits != 4:
-            raise ValueError(f"codes of 4 bits can be stored as int4, got {self.bits} bits as {self.values.dtype}")
-        return (
-            self
-            if self.length is None
-            else dataclasses.replace(self, values=self.codes().astype(jnp.int4), length=None)
+        if self.bits == 8:
+            raise ValueError(f"codes of 4 or 2 bits can be stored as int4 or int2, got 8 bits as {self.values.dtype}")
+        if self.length is None:
+            return self
+        return dataclasses.replace(
+            self, values=self.codes().astype(jnp.int4 if self.bits == 4 else jnp.int2), length=None
         )
 
     def numbers(self, codes: Array, dtype: Any) -> Array:

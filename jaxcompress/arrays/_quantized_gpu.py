@@ -15,7 +15,8 @@ from jaxcompress.arrays._quantized_inputs import rounded_input
 
 def is_plain(w: Quantized) -> bool:
     """Whether a GPU's kernels for products decode the values as they are stored."""
-    return w.length is None and w.levels is None and w.zero_point is None and w.group is None
+    stored = w.length is None and w.values.dtype != jnp.int2
+    return stored and w.levels is None and w.zero_point is None and w.group is None
 
 
 def on_gpu(product: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:

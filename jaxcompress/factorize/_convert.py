@@ -58,7 +58,10 @@ def convert(
                 smaller.add(spec)
                 leaf = truncated(leaf, found, rank, spec.stacked)
             else:
-                kept.setdefault(spec, f"{name!r} would get rank {rank}, and saves nothing from {found.too_much} on")
+                seen = (
+                    f"{name!r}, seen as a matrix {[found.basis.shape[1], found.right.shape[2]]}, would get rank {rank}"
+                )
+                kept.setdefault(spec, f"{seen}, and saves nothing from {found.too_much} on")
         converted.append(leaf)
     for spec, why in kept.items():
         if spec not in smaller:

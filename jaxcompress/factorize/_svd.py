@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,14 @@ class Svd:
     round_to: int = 1
 
     def __post_init__(self) -> None:
+        try:
+            for name in ("rank", "stacked", "round_to"):
+                value = getattr(self, name)
+                object.__setattr__(self, name, None if value is None else operator.index(value))
+            if self.rows is not None:
+                object.__setattr__(self, "rows", tuple(operator.index(axis) for axis in self.rows))
+        except TypeError:
+            raise TypeError(f"rank, stacked and round_to are integers, rows a tuple of them, got {self}") from None
         if sum(x is not None for x in (self.rank, self.energy, self.ratio)) > 1:
             raise ValueError(f"give one of rank, energy and ratio, got {self}")
         if (self.rank is not None and self.rank < 1) or self.round_to < 1 or self.stacked < 0:
@@ -154,7 +163,8 @@ def spectrum(weight: Any, spec: Svd, inputs: InputStatistics | None = None, *, d
         elif met is None or set(met) != set(own):
             raise ValueError(
                 f"the inputs that were measured meet axes {met} of the weight, and the rows are {own}: give Svd the "
-                f"axes that the inputs meet as rows, or leave this weight's statistics out"
+                f"axes that the inputs meet as rows (and stacked=1 where scan slices the weight), or leave this "
+                f"weight's statistics out"
             )
         own = met
     shape = [math.prod(weight.shape[axis] for axis in axes) for axes in (range(stacked), own, columns)]

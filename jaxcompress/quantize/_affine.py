@@ -71,7 +71,8 @@ class Affine:
 def quantize(weight: Float[Array, "*shape"], spec: Affine = Affine(), *, key: Array | None = None) -> Quantized:
     """The weight on `spec`'s grid, as a compressed leaf: round to nearest, ties to even.
 
-    The dense value is within half a step of the weight; a block of zeros becomes exact zeros, and so does one whose
+    The dense value is within half a step of the weight (of one near its dtype's largest number, within a step on a grid
+    with a zero point: all stays finite); a block of zeros becomes exact zeros, and so does one whose
     step would be below the smallest normal float32 (for 8 bits: of weights below 1.5e-36). With a
     random `key` the rounding is stochastic: up with the probability of the fraction, so that the mean is the weight. (A
     grid with a zero point then has a step to spare, or a weight at its end might have no integer on its other side.)
@@ -161,18 +162,24 @@ def _step(scale: Array) -> Array:
 
 
 def _codes(weight: Array, scale: Array, zero_point: Array | None, spec: Affine, key: Array | None = None) -> Array:
-    weight, step = weight.astype(jnp.float32), scale
+    dtype, weight, step = weight.dtype, weight.astype(jnp.float32), scale
     if spec.bits <= 3:  # XLA divides by multiplying with the reciprocal, and that of a huge step is no normal number
         down = jnp.where(scale > 1e30, 2.0**-64, 1.0)
         weight, scale = weight * _spread(down, weight.shape, spec), scale * down
     exact = weight / _spread(scale, weight.shape, spec)
     codes = jnp.round(exact) if key is None else jnp.floor(exact + jax.random.uniform(key, exact.shape))
     if zero_point is not None:
-        # a huge range's last integers may stand for more than the largest float
-        most = jnp.floor(float(jnp.finfo(jnp.float32).max) * 2.0**-64 / (step * 2.0**-64))
-        most = _spread(jnp.where(step > 1e30, most, jnp.inf), weight.shape, spec)
-        codes = jnp.clip(codes, -most, most) + _spread(zero_point, weight.shape, spec)
+        codes = finite(codes + _spread(zero_point, weight.shape, spec), step, zero_point, dtype, spec)
     return jnp.clip(codes, *spec.limits)
+
+
+def finite(codes: Array, step: Array, zero_point: Array, dtype: Any, spec: Affine) -> Array:
+    """Integers that stand for numbers of the dtype: a rounded zero point moves the last ones of a huge range beyond."""
+    largest = float(min(jnp.finfo(dtype).max, jnp.finfo(jnp.float32).max))
+    most = jnp.floor(largest * 2.0**-64 / (step * 2.0**-64))
+    most = jnp.where(step * 256 > largest, most, jnp.inf)
+    low, high = (_spread(end, codes.shape, spec) for end in (zero_point - most, zero_point + most))
+    return jnp.clip(codes, low, high)
 
 
 def _over_blocks(reduce: Any, weight: Array, spec: Affine) -> Array:

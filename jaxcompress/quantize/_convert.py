@@ -98,20 +98,20 @@ def outputs_first(params: Any, rules: Rules[bool]) -> Any:
 
 
 def as_int4(params: Any, rules: Rules[bool]) -> Any:
-    """`params` with the 4-bit codes of the chosen weights as arrays of JAX's int4, for a TPU.
+    """`params` with the chosen weights' codes of 4 bits as arrays of JAX's int4 (of 2 bits: int2), for a TPU.
 
         small = quantize.convert(params, {"kernel$": quantize.Affine(bits=4, group=(0, 128))})
         small = quantize.as_int4(small, {"kernel$": True})
 
-    Each number stays, and so does the number of bytes. As `convert` leaves them codes lie two a byte, which every
+    Each number stays, and so does the number of bytes. As `convert` leaves them codes lie two (four) a byte, which every
     backend and file format can hold, and are taken apart by shifts; XLA for a TPU does not always fuse those into a
-    product, and then reads the weight twice or writes it out. It takes int4 apart itself. `python -m benchmarks
+    product, and then reads the weight twice or writes it out. It takes int4 and int2 apart itself. `python -m benchmarks
     quantize.tpu` has the bytes that a TPU reads and writes for either. On a GPU the two are the same program, and on a
     CPU leave codes as they are.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
-      ValueError: a weight that has no 4-bit codes, named by its path. Nothing is changed then.
+      ValueError: a weight that has no codes of 4 or 2 bits, named by its path. Nothing is changed then.
     """
     return _laid_out(params, rules, Quantized.as_int4)
 

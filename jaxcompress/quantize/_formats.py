@@ -79,6 +79,8 @@ class Floats:
         values = full.astype(self.dtype)
         if not isinstance(values, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(values))):
             raise ValueError(f"the weight has values beyond {largest:g}, the largest of {self.dtype}")
+        overflows = jnp.isinf(values.astype(weight.dtype))  # the largest float16 rounds up in bfloat16
+        values = jnp.where(overflows, jnp.nextafter(values, jnp.zeros_like(values)), values)
         return _of_floats(values, jnp.ones([1] * weight.ndim, jnp.float32), weight.dtype, None)
 
 

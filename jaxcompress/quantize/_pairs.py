@@ -34,6 +34,10 @@ def pairs(
     no matter of names: it is tried, with random weights and scales, and a pair under which the function changes is left
     out. So is a weight that is used more than once, and all inside `scan` and `cond`.
 
+    A norm that multiplies by `1 + g` (Gemma's) cannot be scaled by scaling `g`, and is left out. Hand in the function
+    of the gains themselves, `lambda p, x: fn(plus(p, -1), x)` on `plus(params, 1)`, where `plus` adds a number to each
+    `g`; and take the 1 off again afterwards.
+
     Args:
       fn: `fn(params, batch)`, the model as it is used after training.
       params: a tree of float arrays.

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from jaxcompress.arrays import Quantized, is_leaf
 from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, observer_for
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
-from jaxcompress.quantize._affine import Affine, _grid, _spread
+from jaxcompress.quantize._affine import Affine, _grid, _spread, finite
 from jaxcompress.quantize._convert import converted_leaf
 
 
@@ -36,9 +36,11 @@ def rounded_by(
     def converted(name: str, weight: Any) -> Any:
         if name not in nearest:
             return weight
-        grid = nearest[name]
+        grid, found = nearest[name], codes(name, weight, statistics[name], specs[name])
+        if grid.zero_point is not None:
+            found = finite(found, grid.scale, grid.zero_point.astype(jnp.float32), weight.dtype, specs[name])
         return Quantized.from_codes(
-            codes(name, weight, statistics[name], specs[name]),
+            found,
             grid.scale,
             grid.zero_point,
             bits=grid.bits,

@@ -112,7 +112,8 @@ def check_same(
                 raise ValueError(
                     f"scaling changes the function ({off:.3g} of {norm:.3g} on the first batch): what the pairs have "
                     f"in front must reach the weights behind only, through what commutes with positive scales (a "
-                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias. A model of "
+                    f"rectifier, pooling, attention's weighted sums; not gelu or tanh), with its bias, and "
+                    f"not a gain that is stored less one (see `pairs`). A model of "
                     f"many layers in half precision may be off by its rounding: then pass more than {tolerance=:g}"
                 )
 

@@ -17,6 +17,8 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.train._state import TrainState
 
 _FORMAT = 1
+_AS_BYTES = {"uint2", "uint4", "float8_e4m3"}
+"""Dtypes that orbax has no place for: saved as uint8."""
 
 
 class CheckpointMismatchError(ValueError):
@@ -125,7 +127,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 # a flat dict: no class of the model's is needed to read it back, and names say what differs
-                state=ocp.args.StandardSave({name: x for name, x in leaves.items() if x.size}),
+                state=ocp.args.StandardSave({name: _storable(x) for name, x in leaves.items() if x.size}),
                 data=ocp.args.JsonSave({"positions": positions}),
                 meta=ocp.args.JsonSave(meta),
             ),
@@ -158,10 +160,15 @@ class Checkpoints:
         position = self._position(step, read.data["positions"])
         if release:
             jax.tree.map(lambda x: x.delete(), state)
-        wanted = {name: x for name, x in targets.items() if x.size}
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, jnp.uint8, sharding=x.sharding) if x.dtype.name in _AS_BYTES else x
+            for name, x in targets.items()
+            if x.size
+        }
         restored = self._read(step, state=ocp.args.StandardRestore(wanted)).state
         leaves = [
-            restored[name] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in targets.items()
+            _recast(restored[name], x.dtype) if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+            for name, x in targets.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(state), leaves), position
 
@@ -266,6 +273,19 @@ def _targets(state: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or here)
 
     return jax.tree.map(target, state)
+
+
+def _storable(x: Any) -> Any:
+    return _recast(x, jnp.dtype(jnp.uint8)) if x.dtype.name in _AS_BYTES else x
+
+
+def _recast(x: Any, dtype: Any) -> Any:
+    """A float's bits as an integer or back; an integer in a wider type or back."""
+    if x.dtype == dtype:
+        return x
+    if jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.floating):
+        return jax.lax.bitcast_convert_type(x, dtype)
+    return x.astype(dtype)
 
 
 def to_json(data: Any) -> str:

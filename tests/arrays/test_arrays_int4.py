@@ -1,4 +1,4 @@
-"""4-bit codes that are stored as JAX's int4: the same weight as two codes a byte, everywhere."""
+"""4-bit codes that are stored as JAX's int4, and 2-bit ones as int2: the same weight as packed, everywhere."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ SCHEMES = {
     "integers": Affine(4, activation_bits=8),
     "integers, groups": Affine(4, group=(0, 8), activation_bits=8),
     "nf4": quantize.NF4((-2, 8)),
+    "2 bits, groups, zero point": Affine(2, group=(0, 8), symmetric=False),
+    "2 bits, integers": Affine(2, activation_bits=8),
 }
 
 
@@ -44,9 +46,10 @@ def test_products_are_those_of_packed_codes(monkeypatch, name, rows, devices, rn
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_the_same_weight_wherever_it_goes(rng, tmp_path):
-    packed, native = both(rng, Affine(4, group=(0, 8), symmetric=False))
-    assert native.values.dtype == jnp.int4 and native.as_int4() == native
+@pytest.mark.parametrize(("bits", "dtype"), [(4, jnp.int4), (2, jnp.int2)])
+def test_it_is_the_same_weight_wherever_it_goes(bits, dtype, rng, tmp_path):
+    packed, native = both(rng, Affine(bits, group=(0, 8), symmetric=False))
+    assert native.values.dtype == dtype and native.as_int4() == native
     assert native.shape == packed.shape and nbytes(native) == nbytes(packed)
 
     def ways(w, i):

@@ -158,8 +158,9 @@ def test_what_has_no_rule_is_dense_or_refused():
         "conv_general_dilated": lambda x, w: lax.conv_general_dilated(
             x[:, :, None], w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), feature_group_count=1
         ),
+        "scan": lambda x, w: lax.scan(lambda h, w: (h @ w, h), x, w)[0],  # no stack of its own
     }
-    rows = {"conv_general_dilated": low_rank((3, 1, 5), rows=(0,))}
+    rows = {"conv_general_dilated": low_rank((3, 1, 5), rows=(0,)), "scan": low_rank((3, 4, 4))}
     for primitive, fn in cases.items():
         weight = rows.get(primitive, w)
         with watch() as hits:

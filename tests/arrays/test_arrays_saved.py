@@ -40,6 +40,7 @@ def test_nbytes_counts_what_is_stored():
     w = sparse((64, 32))
     assert nbytes(w) == 64 * 32 // 8 + 4 * int(jnp.count_nonzero(w.materialise()))
     assert nbytes({"a": jnp.ones(3, jnp.bfloat16), "b": None, "c": jnp.ones(3, jnp.int4)}) == 6 + 2
+    assert nbytes({"a": jnp.ones(5, jnp.int2), "b": jnp.ones(3, jnp.float4_e2m1fn)}) == 2 + 2
     assert nbytes(jax.eval_shape(lambda: quantized((64, 32)))) == 64 * 32 + 32 * 4
     assert nbytes(jax.random.key(0)) == 8
 

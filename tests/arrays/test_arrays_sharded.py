@@ -1,5 +1,6 @@
 """On eight devices: the numbers of one device, and no collective that the dense model would not have."""
 
+import dataclasses
 import re
 
 import jax
@@ -125,6 +126,35 @@ def test_values_of_a_table_under_explicit_axes(scheme, rng):
     out = jax.jit(compressed(lambda x, w: x @ w))(rows, place(w, (None, "model"), on))
     assert jax.typeof(out).sharding.spec == P("data", "model")
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_codebook_an_output_divided_by_rows_under_explicit_axes(rng):
+    on = mesh(AxisType.Explicit)
+    x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+    w = quantize.Binary().convert(jnp.asarray(rng.normal(size=(64, 64)), jnp.float32))
+
+    def slope(centroids, indices, x, **kwargs):
+        def loss(w):
+            return jnp.sum(jnp.matmul(x, w, **kwargs) ** 2)
+
+        return jax.grad(lambda c: compressed(loss)(dataclasses.replace(w, centroids=c, indices=indices)))(centroids)
+
+    rows, indices = (jax.device_put(a, NamedSharding(on, P(d))) for a, d in ((x, "data"), (w.indices, "model")))
+    with jax.set_mesh(on):
+        got = jax.jit(lambda *args: slope(*args, out_sharding=P("data", None)))(w.centroids, indices, rows)
+    np.testing.assert_allclose(got, jax.jit(slope)(w.centroids, w.indices, x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", [Affine(4), KMeans(4)])
+def test_rows_that_are_asked_for_with_their_sharding(scheme, rng):
+    on = mesh(AxisType.Explicit)
+    w = scheme.convert(jnp.asarray(rng.normal(size=(64, 64)), jnp.float32))
+    ids = jax.device_put(jnp.asarray([3, 63, 0, 3]), NamedSharding(on, P("data")))
+    with jax.set_mesh(on):
+        look_up = compressed(lambda w, ids: w.at[ids].get(out_sharding=P("data", None)), strict=True)
+        out = jax.jit(look_up)(place(w, ("model", None), on), ids)
+    assert jax.typeof(out).sharding.spec == P("data", None)
+    np.testing.assert_allclose(out, np.asarray(w.materialise())[np.asarray(ids)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [(None, "model"), ("model", None)])

@@ -200,6 +200,9 @@ def test_refused():
         (lambda: jax.jit(lambda w: factorize.svd(w, Svd(energy=0.5)))(weight(6, 5)), "outside jit"),
         (lambda: Svd(rank=2, energy=0.5), "one of"),
         (lambda: Svd(rank=0), "at least 1"),
+        (lambda: Svd(rank=2.5), "integers"),
+        (lambda: Svd(rank=2, rows=0), "rows a tuple"),
+        (lambda: factorize.convert({"stack": weight(3, 8, 8)}, {"stack": Svd(rank=6)}), r"a matrix \[24, 8\]"),
         (lambda: Svd(ratio=1.5), "at most 1"),
         (lambda: factorize.convert_factors(twice, {"a/kernel": Wrong()}), "factors of 'a/kernel'.*wrong"),
     ]

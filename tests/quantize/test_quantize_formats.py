@@ -176,6 +176,26 @@ def test_huge_weights_of_both_signs_stay_finite(rng):
         assert np.all(off <= 0.5 + 1e-5), spec
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_up_to_the_largest_of_a_narrow_dtype_stay_finite(dtype, rng):
+    """A rounded zero point moves a grid's ends by up to half a step, and bfloat16 rounds float16's largest up."""
+    largest = float(jnp.finfo(dtype).max)
+    w = np.asarray(rng.uniform(-1, 1, (16, 40)) * largest, np.float32)
+    w[:2] = largest * np.where(rng.random((2, 40)) < 0.5, -1, 1)
+    w = jnp.asarray(w).astype(dtype)
+    schemes = {f"{bits} bits": Affine(bits, symmetric=False) for bits in (2, 4, 7)}
+    schemes |= {"bfloat16": Floats("bfloat16"), "e4m3": Floats()}
+    converted = jax.jit(lambda w: {name: scheme.convert(w) for name, scheme in schemes.items()})(w)
+    for name, leaf in converted.items():
+        assert np.all(np.isfinite(np.float32(leaf.materialise()))), name
+        if "bits" in name:
+            np.testing.assert_array_equal(quantize.fake_quantize(w, schemes[name]), leaf.materialise())
+    if dtype == "float16":  # the sums of squares of bfloat16's largest are no float32
+        batches, rule = [jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)], {"w": Affine(4, symmetric=False)}
+        rounded = quantize.gptq(lambda p, x: x @ p["w"].astype(jnp.float32), {"w": w}, batches, rule)
+        assert np.all(np.isfinite(np.float32(dense(rounded)["w"])))
+
+
 def test_stochastic_rounding_has_the_weight_as_its_mean(rng):
     """Also at the ends of a grid with a zero point."""
     w = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)

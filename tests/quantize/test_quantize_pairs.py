@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -57,6 +58,29 @@ def test_of_convolutions_and_of_what_has_none(rng):
     x = jnp.asarray(rng.normal(size=(2, 4, 4, 2)), jnp.float32)
     assert quantize.pairs(run, params, x) == [(["a", "bias"], ["b"]), (["b"], ["c"])]
     assert quantize.pairs(lambda p, x: x @ p["c"], {"c": jnp.ones((3, 2))}, jnp.ones((1, 3))) == []
+
+
+def test_a_gain_that_is_stored_less_one(rng):
+    def model(p, x):
+        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True) * (1 + p["g"])) @ p["w"]
+
+    params = {"g": jnp.asarray(rng.normal(size=8), jnp.float32), "w": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(6, 8)) * np.arange(1, 9), jnp.float32)
+    assert quantize.pairs(model, params, x) == []
+    with pytest.raises(ValueError, match="stored less one"):
+        quantize.smooth(model, params, [x], [(["g"], ["w"])])
+
+    def plus(p, one):
+        return {**p, "g": p["g"] + one}
+
+    def of_gains(p, x):
+        return model(plus(p, -1), x)
+
+    found = quantize.pairs(of_gains, plus(params, 1), x)
+    assert found == [(["g"], ["w"])]
+    smoothed = plus(quantize.smooth(of_gains, plus(params, 1), [x], found), -1)
+    assert float(jnp.abs(smoothed["g"] - params["g"]).max()) > 0.1
+    np.testing.assert_allclose(model(smoothed, x), model(params, x), rtol=1e-3, atol=1e-4)
 
 
 def test_zeros_in_a_kernel_are_no_evidence(rng):

@@ -31,6 +31,8 @@ ODD = {
     "bfloat16": jnp.full(3, 1.1, jnp.bfloat16),
     "int4 array": jnp.arange(4, dtype=jnp.int4),
     "float8": jnp.full(3, 1.5, jnp.float8_e4m3fn),
+    "as bytes": [jnp.full(3, 1.5, jnp.float8_e4m3), jnp.arange(16, dtype=jnp.uint4), jnp.arange(4, dtype=jnp.uint2)],
+    "int2": Quantized.from_codes(jnp.arange(-2, 2).reshape(2, 2), jnp.full((2, 1), 0.5), bits=2).as_int4(),
     "none": None,
     "empty": jnp.zeros((0, 3)),
     "bool": jnp.array([True, False]),
