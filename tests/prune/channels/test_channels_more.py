@@ -1,5 +1,7 @@
 """Activations against sums by hand, penalties over whole units, pictures, and rules of one's own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +242,41 @@ def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
     (group,) = channels.groups(lambda p, x: place(x @ p["a"]), params, x)
     assert not group.exact
     assert "not finite" in group.notes[0]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda h: jnp.sqrt(jnp.abs(h)),
+        lambda h: jnp.abs(h) ** 0.5,
+        lambda h: jnp.linalg.norm(jnp.stack([h, 2 * h], -1), axis=-1),
+        lambda h: jnp.arctan2(h, 2 * h),
+        lambda h: jnp.arccos(1 - jnp.abs(jnp.tanh(h))),
+    ],
+)
+def test_what_has_no_finite_derivative_at_zero_is_exact_with_a_note(place):
+    m = Maker()
+    params, x = {"a": m(5, 6), "b": m(6, 8), "c": m(8, 3)}, batches(1)[0]
+
+    def fn(p, x):
+        return place(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    groups = channels.groups(fn, params, x)
+    assert [(g.name, g.exact, len(g.notes)) for g in groups] == [("a[1]", True, 0), ("b[1]", True, 1)]
+    assert "gradient may not be finite" in groups["b[1]"].notes[0]
+    plan = channels.from_units(groups, {"b[1]": [1, 2]})
+    assert channels.verify(fn, params, plan, x, gradient=False).ok
+    found = channels.verify(fn, params, plan, x)
+    assert not found.finite and not found.ok
+    gradients = jax.grad(lambda p: channels.shrink(fn, params, plan)(p, x).sum())(plan.apply(params))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    upper = {"b": params["b"][:5], "c": params["c"]}  # here only what is cut has no finite gradient: not compared
+    assert channels.verify(
+        lambda p, x: place(x @ p["b"]) @ p["c"],
+        upper,
+        dataclasses.replace(plan, shapes={n: w.shape for n, w in upper.items()}),
+        x,
+    ).ok
 
 
 @pytest.mark.parametrize(
