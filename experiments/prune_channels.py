@@ -70,7 +70,7 @@ SHORT = Config(
 def scores_of(network: Network, variables: Variables, config: Config, seed: int) -> dict[str, Callable[[], Scores]]:
     """By name, how units are scored. Residual streams are made by several layers, whose scores are added up."""
     groups, n, images = network.groups, config.scored, network.room.images
-    batches = [(images[i : i + 64],) for i in range(0, min(n, len(images)) - 63, 64)] or [(images[:n],)]
+    batches = [images[i : i + 64] for i in range(0, min(n, len(images)) - 63, 64)] or [images[:n]]
 
     def activation(statistic: str) -> Scores:
         return channels.activation(groups, network.evaluate, variables, batches, statistic)

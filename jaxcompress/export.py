@@ -19,6 +19,8 @@ from jax import export
 from jaxcompress._files import replacing
 from jaxcompress.arrays import compressed
 
+__all__ = ["load", "save"]
+
 
 def save(
     path: str | os.PathLike[str],

@@ -29,6 +29,8 @@ from jax.extend.core import Literal
 
 from jaxcompress.paths import UnmatchedRuleError, match, path_name
 
+__all__ = ["capture", "named"]
+
 _MARK = "jaxcompress.features:"  # set before the names that modules get, so that no remat policy knows them by accident
 _INLINE = {"jit", "pjit", "closed_call", "core_call"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call"}

@@ -17,6 +17,8 @@ from jaxcompress.prune import channels
 from jaxcompress.prune.channels._exported import difference, with_state_freed
 from jaxcompress.quantize._ranges import hashable_ranges
 
+__all__ = ["FakeQuantized", "Pruned", "capture", "pruned"]
+
 
 class FakeQuantized(nn.Module):
     """A Linen module that computes as `inner` does, under fake quantization.

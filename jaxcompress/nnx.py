@@ -17,6 +17,8 @@ from jaxcompress.prune import channels
 from jaxcompress.prune.channels._exported import difference, with_state_freed
 from jaxcompress.quantize._ranges import hashable_ranges
 
+__all__ = ["FakeQuantized", "Pruned", "capture", "functional", "pruned"]
+
 _PATH = "jaxcompress_path"  # static, so it is part of what NNX's transforms compare and take along
 
 

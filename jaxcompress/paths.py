@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import jax
 
+__all__ = ["Rules", "UnmatchedRuleError", "assign", "match", "named_leaves", "owner", "path_name", "with_leaves"]
+
 T = TypeVar("T")
 
 Rules = Sequence[tuple[str, T]] | Mapping[str, T]

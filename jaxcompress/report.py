@@ -18,6 +18,20 @@ import jax.numpy as jnp
 from jaxcompress._files import replacing
 from jaxcompress.arrays import Quantized, Sparse, compressed, is_leaf, nbytes
 
+__all__ = [
+    "COST_COLUMNS",
+    "Column",
+    "Cost",
+    "Row",
+    "cost",
+    "figure",
+    "in_turns",
+    "nonzeros",
+    "parameters",
+    "table",
+    "write_json",
+]
+
 
 class Cost(NamedTuple):
     """What a model costs to keep and to call.

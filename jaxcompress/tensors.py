@@ -32,6 +32,8 @@ from jaxcompress._files import replacing
 from jaxcompress.arrays import Quantized, is_leaf
 from jaxcompress.paths import named_leaves
 
+__all__ = ["load", "save"]
+
 _KEY, _PATHS = "quantization_config", "jaxcompress_paths"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"}

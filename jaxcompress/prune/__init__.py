@@ -32,7 +32,7 @@ from jaxcompress.prune._around import AroundState, around
 from jaxcompress.prune._distributions import erk
 from jaxcompress.prune._fixed import choose, fixed
 from jaxcompress.prune._forward import learned_thresholds, soft_threshold, straight_through, thresholded
-from jaxcompress.prune._masks import SparsifyState, apply_masks, check_finite, masks, sparsity, threshold, to_sparse
+from jaxcompress.prune._masks import SparsifyState, apply_masks, masks, sparsity, threshold, to_sparse
 from jaxcompress.prune._patterns import NM, Below, Blocks, Pattern, Unstructured, filters, kernels, vectors
 from jaxcompress.prune._penalties import L1, GroupLasso, Penalty, ProximalState, penalize, penalty, proximal
 from jaxcompress.prune._post_training import Pruned, sparsegpt, wanda_one_shot
@@ -81,7 +81,6 @@ __all__ = [
     "batch_norm_scale",
     "by_gradient",
     "channels",
-    "check_finite",
     "choose",
     "cosine",
     "empirical_fisher",

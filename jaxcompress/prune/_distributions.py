@@ -25,10 +25,17 @@ def erk(params: Any, rules: paths.Rules[bool], sparsity: float) -> dict[str, Uns
 
     Raises:
       ValueError: a sparsity outside [0, 1), or a rule that matches nothing.
+      TypeError: a rule's value is neither a bool nor None.
     """
     check_sparsity(sparsity)
     named = paths.named_leaves(params)
     takes_part = paths.match(rules, [name for name, _ in named], False)
+    other = [x for x in takes_part if x is not None and not isinstance(x, bool)]
+    if other:
+        raise TypeError(
+            f"a rule says whether a parameter takes part, True or False, got {other[0]!r}; the sparsity is "
+            "one for all, the third argument"
+        )
     shapes = {name: x.shape for (name, x), chosen in zip(named, takes_part, strict=True) if chosen}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / max(1, sizes[name]) for name, shape in shapes.items()}

@@ -11,17 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxcompress import paths
-from jaxcompress.calibrate import (
-    InputObserver,
-    InputStatistics,
-    Layout,
-    check_compensation,
-    check_settled,
-    compensated,
-    in_place,
-    inverse_factor,
-    observer_for,
-)
+from jaxcompress.calibrate import InputObserver, InputStatistics, Layout
+from jaxcompress.calibrate._compensate import check_compensation, check_settled, compensated, inverse_factor
+from jaxcompress.calibrate._meshes import in_place
+from jaxcompress.calibrate._statistics import observer_for
 from jaxcompress.prune._patterns import NM, Pattern, Unstructured
 from jaxcompress.prune._plan import plan_for
 from jaxcompress.prune._ranking import Ranking, lowest

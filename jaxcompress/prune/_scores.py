@@ -62,6 +62,14 @@ def _running(
     return lambda mean, weight, gradient: decay * mean + (1 - decay) * value(weight, gradient)
 
 
+def check_score(score: Any) -> None:
+    """Raises TypeError for what `sparsify` can't rank weights by."""
+    if any(score is made for made in (movement, taylor, empirical_fisher)):
+        raise TypeError(f"call it, score={score.__name__}(): that makes the score, which is gathered from gradients")
+    if not isinstance(score, Accumulated) and not callable(score):
+        raise TypeError(f"a score is a function of a weight, or an Accumulated such as taylor(), got {score!r}")
+
+
 def random(tree: Any, key: jax.Array) -> Any:
     """Uniform scores in [0, 1) for each leaf of `tree`: its shape, float32, another key a leaf."""
     leaves = jax.tree.leaves(tree)

@@ -13,7 +13,7 @@ from jaxcompress.prune._patterns import Pattern
 from jaxcompress.prune._plan import flatten, masks_of, plan_for
 from jaxcompress.prune._renew import scheduled_masks
 from jaxcompress.prune._schedules import Schedule
-from jaxcompress.prune._scores import Accumulated, Score, magnitude
+from jaxcompress.prune._scores import Accumulated, Score, check_score, magnitude
 from jaxcompress.prune._stored import all_kept, booleans
 
 
@@ -67,6 +67,7 @@ def sparsify(
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule is a Schedule, such as polynomial(begin, end) or one_shot(), got {schedule!r}")
+    check_score(score)
     accumulated = isinstance(score, Accumulated)
 
     def init_fn(params: Any) -> SparsifyState:

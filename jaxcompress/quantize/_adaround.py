@@ -10,7 +10,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, in_place
+from jaxcompress.calibrate import InputObserver, InputStatistics, Layout
+from jaxcompress.calibrate._meshes import in_place
 from jaxcompress.paths import Rules
 from jaxcompress.quantize._affine import Affine
 from jaxcompress.quantize._rounding import matrix_grid, rounded_by

@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcompress.calibrate import (
-    InputObserver,
-    InputStatistics,
-    Layout,
-    check_compensation,
-    check_settled,
-    compensated,
-    in_place,
-    inverse_factor,
-)
+from jaxcompress.calibrate import InputObserver, InputStatistics, Layout
+from jaxcompress.calibrate._compensate import check_compensation, check_settled, compensated, inverse_factor
+from jaxcompress.calibrate._meshes import in_place
 from jaxcompress.paths import Rules
 from jaxcompress.quantize._affine import Affine
 from jaxcompress.quantize._rounding import matrix_grid, rounded_by

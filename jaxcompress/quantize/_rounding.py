@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcompress.arrays import Quantized, is_leaf
-from jaxcompress.calibrate import InputObserver, InputStatistics, Layout, observer_for
+from jaxcompress.calibrate import InputObserver, InputStatistics, Layout
+from jaxcompress.calibrate._statistics import observer_for
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, _grid, _spread, finite
 from jaxcompress.quantize._convert import converted_leaf

@@ -24,6 +24,11 @@ def test_erk_shares_out_the_sparsity(sparsity: float) -> None:
     assert len(scales) >= (1 if sparsity == 0.5 else 2)
 
 
+def test_erk_refuses_a_sparsity_a_layer() -> None:
+    with pytest.raises(TypeError, match=r"takes part, True or False, got 0.9"):
+        prune.erk(PARAMS, {"head": None, "kernel$": 0.9}, 0.5)
+
+
 @pytest.mark.slow
 def test_erk_makes_rules_for_sparsify() -> None:
     params = jax.tree.map(lambda x: jnp.ones(x.shape), PARAMS)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcompress import prune
 from jaxcompress.arrays import Sparse, dense, nbytes
+from jaxcompress.prune._masks import check_finite
 
 PARAMS = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(0), (32, 16)), "bias": jnp.ones(16)}}
 RAMP = prune.polynomial(0, 8, 2)
@@ -90,8 +91,8 @@ def test_two_states_for_one_parameter() -> None:
 
 def test_check_finite_names_the_leaf() -> None:
     with pytest.raises(ValueError, match=r"not finite .* 'b/c'"):
-        prune.check_finite({"a": jnp.ones(2), "b": {"c": jnp.array([0, jnp.inf])}, "d": jnp.arange(3)})
-    prune.check_finite(PARAMS)
+        check_finite({"a": jnp.ones(2), "b": {"c": jnp.array([0, jnp.inf])}, "d": jnp.arange(3)})
+    check_finite(PARAMS)
 
 
 def test_orbax_restores_masks_with_their_sharding(tmp_path) -> None:

@@ -265,6 +265,14 @@ def test_a_schedule_that_is_none() -> None:
         prune.sparsify({"kernel": 0.5}, 10)
 
 
+@pytest.mark.parametrize(
+    ("score", "message"), [(prune.taylor, r"call it, score=taylor\(\)"), ("magnitude", "got 'magnitude'")]
+)
+def test_a_score_that_is_none(score, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        prune.sparsify({"kernel": 0.5}, prune.one_shot(), score=score)
+
+
 def test_an_initial_sparsity_above_the_final_one() -> None:
     with pytest.raises(ValueError, match=r"'dense/kernel': the schedule starts at sparsity 0.7"):
         prune.sparsify({"kernel": 0.5}, prune.polynomial(0, 5, initial=0.7)).init(P)

@@ -29,15 +29,16 @@ _STATISTICS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(
-    groups: Groups, fn: Callable[..., Any], params: Any, batches: Iterable[Sequence[Any]], statistic: str = "mean"
+    groups: Groups, fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], statistic: str = "mean"
 ) -> Scores:
     """Units' scores from the activations that weights read: averages over examples, positions and the places.
 
     Args:
       groups: of the function.
-      fn: as for `groups`.
+      fn: `fn(params, batch)`: the function of `groups`, of which a batch is the one input; where it has several,
+        `lambda params, batch: fn(params, *batch)`.
       params: the parameters.
-      batches: tuples of the function's other arguments, all of the same shapes.
+      batches: what `fn` takes, one after another; those of one shape are served by one compiled function.
       statistic: `mean`: of the absolute value. `active`: the share that is not zero, `1 - APoZ` (Hu et al. 2016,
         "Network Trimming"). `square`: the mean square.
 
@@ -47,29 +48,28 @@ def activation(
 
     Raises:
       ValueError: no batches; an unknown statistic; activations behind `stop_gradient`, which give no cotangent.
-      TypeError: a batch that is no tuple.
     """
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic must be one of {', '.join(_STATISTICS)}, got {statistic!r}")
-    step: Any = None
-    sums: Any = None
-    for args in batches:
-        if not isinstance(args, Sequence):
-            raise TypeError(f"a batch is a tuple of the function's inputs, (x,) of one; got {type(args).__name__}")
-        args = tuple(args)
-        if step is None:
-            step, places = _prepared(groups, fn, params, args, statistic)
-        found = step(params, args)
-        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-    if sums is None:
+    steps: dict[Any, Any] = {}  # by the shapes of a batch
+    sums: dict[tuple[str, int], Any] = {}
+    for batch in batches:
+        shapes = str(jax.tree.map(lambda x: jax.typeof(x) if is_array(x) else x, batch))
+        if shapes not in steps:
+            steps[shapes] = _prepared(groups, fn, params, (batch,), statistic)
+        step, places = steps[shapes]
+        found = step(params, (batch,))
+        for place, number in places.items():
+            sums[place] = jax.tree.map(jnp.add, sums[place], found[number]) if place in sums else found[number]
+    if not steps:
         raise ValueError("no batches: activations need at least one")
     scores: Scores = {}
     for group in groups:
         values = []
-        for (path, axis), number in places.items():
+        for (path, axis), (totals, counts) in sums.items():
             for m in group.members:
                 if (m.path, m.axis) == (path, axis):
-                    total, count = (np.asarray(x, np.float64) for x in sums[number])
+                    total, count = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
                     if not (count > 0).all():
                         raise ValueError(
                             f"the activations at {path}[{axis}] were not seen: they are behind a stop_gradient, or in "

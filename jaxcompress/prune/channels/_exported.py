@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxcompress.prune.channels._plan import Plan
-from jaxcompress.prune.channels._shrink import relative_difference
+from jaxcompress.prune.channels._shrink import largest, relative_difference
 
 
 def with_state_freed(plan: Plan) -> Plan:
@@ -25,4 +25,4 @@ def difference(expected: Any, got: Any) -> float:
     pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True))
     if any(np.shape(a) != np.shape(b) for a, b in pairs):
         return math.inf
-    return max((relative_difference(a, b) for a, b in jax.device_get(pairs)), default=0.0)
+    return largest(relative_difference(a, b) for a, b in jax.device_get(pairs))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress.prune.channels._labels import Atoms, Label
 from jaxcompress.prune.channels._trace import Traced, trace
 
 
@@ -42,8 +43,8 @@ class Group:
       name: the path and axis of the first member that the units come out of.
       size: how many units there are.
       members: what they own.
-      exact: without a unit, the model is the one in which the unit is zeroed.
-      notes: why not, where it isn't.
+      exact: without a unit, the model gives what it gives where the unit is zeroed.
+      notes: why not, where it isn't; and where the zeroed model's gradient may not be finite, unlike the smaller one's.
     """
 
     name: str
@@ -160,22 +161,18 @@ def found(traced: Traced, free_out: tuple[str, ...] = ()) -> Groups:
         for begin, end in zip(starts, [*starts[1:], len(own)], strict=True):
             part = np.stack([own[begin:end], rows[begin:end]])
             families.setdefault(int(kind[own[begin]]), []).append((leaf, axis, part))
-    inexact: dict[int, str] = {}
-    for label, note in tracer.inexact:
-        resolved = atoms.resolve(label)
-        for key in np.unique(kind[resolved[resolved > 0]]) if resolved is not None else ():
-            inexact.setdefault(int(key), note)
+    inexact, steep = _noted(atoms, kind, tracer.inexact), _noted(atoms, kind, tracer.steep)
     made = []
     for key, parts in families.items():
         members, size = _members(traced, parts)
         if size > 1:
-            made.append((members, size, (inexact[key],) if key in inexact else ()))
+            made.append((members, size, [noted.get(key) for noted in (inexact, steep)]))
         for m in members if size == 1 else ():
             frozen.setdefault(f"{m.path}[{m.axis}]", "what there is of it goes together, as one unit")
     names = _names([members for members, _, _ in made])
     return Groups(
         tuple(
-            Group(name, size, members, exact=not notes, notes=notes)
+            Group(name, size, members, exact=notes[0] is None, notes=tuple(note for note in notes if note))
             for name, (members, size, notes) in zip(names, made, strict=True)
         ),
         frozen,
@@ -184,6 +181,16 @@ def found(traced: Traced, free_out: tuple[str, ...] = ()) -> Groups:
         free_out,
         traced=traced,
     )
+
+
+def _noted(atoms: Atoms, kind: np.ndarray, labels: Sequence[tuple[Label, str]]) -> dict[int, str]:
+    """The first note of each kind of atoms."""
+    noted: dict[int, str] = {}
+    for label, note in labels:
+        resolved = atoms.resolve(label)
+        for key in np.unique(kind[resolved[resolved > 0]]) if resolved is not None else ():
+            noted.setdefault(int(key), note)
+    return noted
 
 
 def _kinds(traced: Traced, owned: Sequence[tuple[int, int, np.ndarray]]) -> np.ndarray:

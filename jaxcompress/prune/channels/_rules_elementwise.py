@@ -34,6 +34,7 @@ _OTHER_NARY = (
     "atan2 eq eq_to ge gt igamma igamma_grad_a igammac le le_to lt lt_to ne polygamma pow random_fold_in "
     "regularized_incomplete_beta rem threefry2x32 zeta"
 )
+_STEEP = {"acos", "acosh", "asin", "atan2", "cbrt", "pow", "sqrt"}  # finite, where their derivative need not be
 
 
 def _by_index(*names: str) -> Callable[[Any], Any]:
@@ -56,6 +57,9 @@ def _follow(tracer: Tracer, call: Call, out: Value) -> None:
     zero, held = list(out.zero), [None] * out.ndim
     for axis, label in enumerate(out.labels):
         numbers = [_number(x, axis, out.shape) for x in call.inputs] if label is not None else [None]
+        if call.name in _STEEP and not tracer.in_derivative and None not in numbers and _is_steep(call, numbers):
+            why = f"the derivative of {call.name!r} is not finite where the unit is zero"
+            tracer.steep.append((label, f"the zeroed model's gradient may not be finite: {why}"))
         if any(x is None for x in numbers) or (zero[axis] and not any(numbers) and call.name != "div"):
             continue
         number = _evaluated(call, numbers)
@@ -98,6 +102,16 @@ def _evaluated(call: Call, numbers: list[Any]) -> Any:
         with jax.ensure_compile_time_eval():
             found = call.primitive.bind(*numbers, **call.primitive.get_bind_params(call.params))
         _numbers[key] = np.asarray(found)
+    return _numbers[key]
+
+
+def _is_steep(call: Call, numbers: list[Any]) -> bool:
+    key = (call.name, "slope", *((x.dtype, x.tobytes()) for x in numbers))
+    if key not in _numbers:
+        inputs = [i for i, x in enumerate(call.inputs) if _everywhere(x) is None]
+        with jax.ensure_compile_time_eval():
+            slopes = jax.grad(lambda *x: jnp.real(call.primitive.bind(*x, **call.params)), inputs)(*numbers)
+        _numbers[key] = not all(bool(jnp.isfinite(x)) for x in slopes)
     return _numbers[key]
 
 

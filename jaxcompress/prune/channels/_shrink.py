@@ -1,6 +1,6 @@
 """Run the smaller model, and prove it right: the traced function again, at the sizes that are left."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,8 @@ class Verification:
     Attributes:
       forward: of the outputs.
       gradient: of the parameters' gradient of a random sum of the outputs; `None` if it was not compared.
-      finite: whether the zeroed model gives finite numbers; without, nothing can be compared.
+      finite: whether what the zeroed model gives is finite where it is compared; without, nothing can be. Outputs
+        alone can still be, with `gradient=False`, where only its gradient isn't (`Group.notes` says so).
       tolerance: as given.
     """
 
@@ -179,16 +180,14 @@ def verify(
 
     both = eqx.filter_jit(lambda a, b: (measured(of_whole, a), measured(of_small, b)))(masked, cut)
     (wholes, of_mask), (smalls, of_cut) = jax.device_get(both)  # what follows would be many small compilations
-    finite = all(bool(np.isfinite(x).all()) for x in jax.tree.leaves((wholes, of_mask)))
-    forward = max((relative_difference(a, b) for a, b in zip(wholes, smalls, strict=True)), default=0.0)
+    left = {name: _kept(x, plan.keep.get(name, {})) for name, x in paths.named_leaves(of_mask)} if gradient else {}
+    finite = all(bool(np.isfinite(x).all()) for x in [*wholes, *left.values()])
+    forward = largest(relative_difference(a, b) for a, b in zip(wholes, smalls, strict=True))
     if not gradient:
         return Verification(forward, None, finite, tolerance)
     scale = max((np.abs(x).max(initial=0.0) for x in jax.tree.leaves(of_cut)), default=0.0)
     small_gradients = dict(paths.named_leaves(of_cut))
-    backward = max(
-        relative_difference(_kept(x, plan.keep.get(name, {})), small_gradients[name], scale)
-        for name, x in paths.named_leaves(of_mask)
-    )
+    backward = largest(relative_difference(x, small_gradients[name], scale) for name, x in left.items())
     return Verification(forward, backward, finite, tolerance)
 
 
@@ -200,6 +199,11 @@ def _kept(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     for axis, kept in axes.items():
         x = np.take(x, kept, axis) if isinstance(x, np.ndarray) else pick(x, kept, axis)
     return x
+
+
+def largest(differences: Iterable[float]) -> float:
+    """The largest of several differences, 0 of none."""
+    return float(np.max([0.0, *differences]))  # NaN, if any is: Python's `max` would lose it
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray, scale: Any = None) -> float:

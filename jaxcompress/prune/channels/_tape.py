@@ -143,6 +143,7 @@ class Tracer:
         self.atoms = Atoms()
         self.unknown: Counter[str] = Counter()  # primitives without a rule that met something prunable
         self.inexact: list[tuple[Label, str]] = []  # labels that are summed over where the cut slices are not zero
+        self.steep: list[tuple[Label, str]] = []  # labels that pass an infinite derivative where they are zero
         self.pieces: list[np.ndarray] = []  # labels of parts of axes: none may become empty
         self.roles: dict[tuple[int, int], set[str]] = {}  # of (leaf, axis): in, out, scale, shift
         self.in_derivative = False

@@ -9,7 +9,7 @@ from channels_zoo import ZOO
 from jax.extend.core import Primitive
 
 from jaxcompress.prune import channels
-from jaxcompress.prune.channels._shrink import dropped_atoms
+from jaxcompress.prune.channels._shrink import dropped_atoms, largest
 from jaxcompress.prune.channels._tape import RULES
 
 X = jnp.ones((2, 5))
@@ -99,6 +99,10 @@ def test_inputs_that_give_no_numbers_are_told():
     plan = channels.from_units(channels.groups(fn, params, X), {"a[1]": [0]})
     found = channels.verify(fn, params, plan, X * jnp.nan, gradient=False)
     assert not found.finite and not found.ok
+
+
+def test_no_number_hides_behind_a_small_difference():
+    assert np.isnan(largest([1e-7, float("nan"), 1e-8])) and largest([]) == 0
 
 
 def test_a_rule_of_ones_own_that_cannot_be_is_told():

@@ -1,5 +1,7 @@
 """Activations against sums by hand, penalties over whole units, pictures, and rules of one's own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +23,16 @@ def mlp():
 
 def batches(n=3):
     rng = np.random.default_rng(5)
-    return [(jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),) for _ in range(n)]
+    return [jnp.asarray(rng.normal(size=(4 + i % 2, 5)), jnp.float32) for i in range(n)]
 
 
 @pytest.mark.parametrize("statistic", ["mean", "active", "square"])
 def test_activations_are_those_that_the_next_product_reads(statistic):
     fn, params = mlp()
-    groups = channels.groups(fn, params, *batches()[0])
+    groups = channels.groups(fn, params, batches()[0])
     found = channels.activation(groups, fn, params, batches(), statistic)
     of = {"mean": np.abs, "active": lambda h: h != 0, "square": np.square}[statistic]
-    x = np.concatenate([x for (x,) in batches()])
+    x = np.concatenate(batches())
     h = np.maximum(x @ params["a"], 0)
     np.testing.assert_allclose(found["a[1]"], of(h).mean(0), rtol=1e-4)
     np.testing.assert_allclose(found["b[1]"], of(np.tanh(h @ params["b"])).mean(0), rtol=1e-4)
@@ -50,7 +52,7 @@ def test_activations_inside_a_scan_with_remat():
 
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
     groups = channels.groups(fn, params, xs)
-    found = channels.activation(groups, fn, params, [(xs,)])
+    found = channels.activation(groups, fn, params, [xs])
     h, read = np.zeros((2, 4)), []
     for t in range(3):
         read.append(np.abs(h).mean(0))
@@ -64,7 +66,7 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_whole_units():
     fn, params = mlp()
     params["a"] = params["a"].at[:, 2].set(0)
     params["b"] = params["b"].at[2].set(0)  # one unit is zero as a whole
-    groups = channels.groups(fn, params, *batches()[0])
+    groups = channels.groups(fn, params, batches()[0])
     norms = channels.unit_norms(groups, params)
     wanted = np.sqrt((np.asarray(params["a"]) ** 2).sum(0) + (np.asarray(params["b"]) ** 2).sum(1))
     np.testing.assert_allclose(norms["a[1]"], wanted, rtol=1e-5)
@@ -86,7 +88,7 @@ def test_group_lasso_is_the_gradient_of_the_norms_of_whole_units():
 
 def test_training_under_the_penalty_makes_units_that_cost_nothing_to_cut():
     fn, params = mlp()
-    x = jnp.concatenate([x for (x,) in batches(8)])
+    x = jnp.concatenate(batches(8))
     y = jnp.tanh(x[:, :1])  # a target that needs few units
 
     def head(p, x):
@@ -112,7 +114,7 @@ def test_training_under_the_penalty_makes_units_that_cost_nothing_to_cut():
 
 def test_pictures():
     fn, params = mlp()
-    groups = channels.groups(fn, params, *batches()[0])
+    groups = channels.groups(fn, params, batches()[0])
     plan = channels.plan(groups, channels.norm(groups, params), 0.5)
     lines = channels.draw(groups, plan, width=16).splitlines()
     assert "████████░░░░░░░░" in lines[0] and "8 -> 4" in lines[0] and "a[1] out" in lines[0]
@@ -134,7 +136,7 @@ def test_a_rule_of_ones_own():
     def fn(p, x):
         return primitive.bind(x @ p["a"], width=8) @ p["b"]
 
-    (x,) = batches()[0]
+    x = batches()[0]
     groups = channels.groups(fn, params, x)
     assert len(groups) == 0 and groups.unknown == {primitive.name: 1}
     try:
@@ -171,7 +173,7 @@ def test_what_nobody_reads_decides_nothing():
         return jax.nn.relu(h - 9) @ p["b"]
 
     m = Maker()
-    (group,) = channels.groups(fn, {"a": m(5, 8), "b": m(8, 3)}, batches()[0][0])
+    (group,) = channels.groups(fn, {"a": m(5, 8), "b": m(8, 3)}, batches()[0])
     assert (group.size, group.exact) == (8, True)
 
 
@@ -186,7 +188,7 @@ def test_rows_in_groups_each_with_a_matrix_of_its_own():
         own = jax.grad(lambda w: jax.lax.ragged_dot(still, w, jnp.array([3, 1, 2])).sum())(p["w"])  # rows contracted
         return (h + jax.lax.ragged_dot(wide, p["v"], jnp.array([1, 3, 2]))) @ p["b"] + own.sum((0, 2)) @ p["b"]
 
-    x = jnp.concatenate([x for (x,) in batches(2)])[:6]
+    x = jnp.concatenate(batches(2))[:6]
     groups = channels.groups(fn, params, x)
     assert {g.name: (g.size, g.exact) for g in groups} == {"a[1]": (8, True), "w[2]": (6, True)}
     assert "computed sizes" in groups.frozen["w[0]"] and not groups.unknown
@@ -194,7 +196,7 @@ def test_rows_in_groups_each_with_a_matrix_of_its_own():
     plan = channels.from_units(groups, {"a[1]": [1, 2, 6], "w[2]": [0, 5]})
     found = channels.verify(fn, params, plan, x)
     assert found.ok, found
-    assert channels.activation(groups, fn, params, [(x,)])["w[2]"].shape == (6,)
+    assert channels.activation(groups, fn, params, [x])["w[2]"].shape == (6,)
 
 
 @pytest.mark.parametrize("place", [
@@ -207,7 +209,7 @@ def test_what_puts_other_numbers_beside_zeros_makes_a_sum_inexact(place):
     def fn(p, x):
         return place(x @ p["a"], 3 + jnp.argsort(x[:, 0])).sum(-1)
 
-    groups = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0][0])
+    groups = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0])
     assert {g.name: g.exact for g in groups} == {"a[1]": False}
 
 
@@ -215,7 +217,7 @@ def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
     def fn(p, x):
         return jnp.take(p["a"], jnp.argsort(x[:, 0]), axis=0).sum(-1)
 
-    (group,) = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0][0])
+    (group,) = channels.groups(fn, {"a": jnp.ones((5, 8))}, batches()[0])
     assert group.exact
 
 
@@ -234,12 +236,47 @@ def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
 )
 def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
     params = {"a": Maker()(5, 8)}
-    (x,) = batches(1)[0]
+    x = batches(1)[0]
     masked = {"a": params["a"].at[:, 0].set(0.0)}
     assert not jnp.isfinite(place(x @ masked["a"])).all()
     (group,) = channels.groups(lambda p, x: place(x @ p["a"]), params, x)
     assert not group.exact
     assert "not finite" in group.notes[0]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda h: jnp.sqrt(jnp.abs(h)),
+        lambda h: jnp.abs(h) ** 0.5,
+        lambda h: jnp.linalg.norm(jnp.stack([h, 2 * h], -1), axis=-1),
+        lambda h: jnp.arctan2(h, 2 * h),
+        lambda h: jnp.arccos(1 - jnp.abs(jnp.tanh(h))),
+    ],
+)
+def test_what_has_no_finite_derivative_at_zero_is_exact_with_a_note(place):
+    m = Maker()
+    params, x = {"a": m(5, 6), "b": m(6, 8), "c": m(8, 3)}, batches(1)[0]
+
+    def fn(p, x):
+        return place(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    groups = channels.groups(fn, params, x)
+    assert [(g.name, g.exact, len(g.notes)) for g in groups] == [("a[1]", True, 0), ("b[1]", True, 1)]
+    assert "gradient may not be finite" in groups["b[1]"].notes[0]
+    plan = channels.from_units(groups, {"b[1]": [1, 2]})
+    assert channels.verify(fn, params, plan, x, gradient=False).ok
+    found = channels.verify(fn, params, plan, x)
+    assert not found.finite and not found.ok
+    gradients = jax.grad(lambda p: channels.shrink(fn, params, plan)(p, x).sum())(plan.apply(params))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    upper = {"b": params["b"][:5], "c": params["c"]}  # here only what is cut has no finite gradient: not compared
+    assert channels.verify(
+        lambda p, x: place(x @ p["b"]) @ p["c"],
+        upper,
+        dataclasses.replace(plan, shapes={n: w.shape for n, w in upper.items()}),
+        x,
+    ).ok
 
 
 @pytest.mark.parametrize(
@@ -254,7 +291,7 @@ def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
 )
 def test_what_is_kept_from_zero_stays_exact(place):
     params = {"a": Maker()(5, 8)}
-    (x,) = batches(1)[0]
+    x = batches(1)[0]
     groups = channels.groups(lambda p, x: place(x @ p["a"]), params, x)
     plan = channels.plan(groups, channels.norm(groups, params), ratio=0.5)
     assert channels.verify(lambda p, x: place(x @ p["a"]), params, plan, x).ok
@@ -262,7 +299,7 @@ def test_what_is_kept_from_zero_stays_exact(place):
 
 def test_caches_written_and_read_at_a_place_an_example_keep_their_channels_free():
     m = Maker()
-    params, (x,) = {"a": m(5, 8), "b": m(5, 8), "c": m(8, 3)}, batches(1)[0]
+    params, x = {"a": m(5, 8), "b": m(5, 8), "c": m(8, 3)}, batches(1)[0]
 
     def fn(p, x, places):
         cache = jnp.stack([x @ p["a"]] * 3, 1)

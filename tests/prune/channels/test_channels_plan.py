@@ -289,7 +289,6 @@ def test_errors_say_what_is_wrong():
         (lambda: channels.plan(groups, scores, 0.5, scope="global", normalize="sum"), "normalize must be"),
         (lambda: channels.plan(groups, scores["w1[1]"], 0.5), "scores are a dict"),
         (lambda: channels.from_units(groups, {"w1[1]": np.arange(8) < 4}), "np.flatnonzero"),
-        (lambda: channels.activation(groups, dense, params, [x]), "a batch is a tuple"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()
