@@ -86,9 +86,9 @@ def outputs_first(params: Any, rules: Rules[bool]) -> Any:
     Each number stays, and so does the shape `[inputs, outputs]`. Where the CPU has AVX-512 VNNI or AMX, up to 128 rows
     of floats are then multiplied as exact products of integers, as near to the true product as one in float32 (`python
     -m benchmarks quantize.outputs_first` has the times, and `quantize.weight_only` those of codes that were left as
-    they are); a few rows of 8 bits gain too, many are slower. On other platforms nothing changes. For large matrices
-    (stacked by `nn.scan` or not) that meet inputs, not those that fit a cache; not for tables that are looked up, nor
-    for convolutions.
+    they are); a few rows of 8 bits gain too. On other platforms nothing changes. For large matrices (stacked by
+    `nn.scan` or not) that meet inputs; those that fit a cache gain little or nothing. Not for tables that are looked
+    up, nor for convolutions.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
