@@ -18,6 +18,7 @@
 #
 # It needs a checkout of the project with the `experiments` extra installed, and runs there or in the folder `colabs`.
 # On Colab, put the checkout there, `%cd` into it, and run the first cell, which installs the rest. A CPU is enough.
+# If it asks for a restart (of NumPy, say, which was loaded before), restart the session, `%cd` again and begin anew.
 
 # %%
 import importlib.util

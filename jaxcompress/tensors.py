@@ -81,8 +81,9 @@ def save(path: str | os.PathLike[str], params: Any) -> dict[str, Any]:
         else:
             parts = {read_as: _array(name, leaf)}
         for part in {*parts, read_as}:
-            if owners.setdefault(part, name) != name:
+            if part in owners:
                 raise ValueError(f"{name!r} and {owners[part]!r} would both be {part!r} in the file: rename one")
+            owners[part] = name
         tensors |= parts
         if read_as.replace(".", "/") != name:
             paths[read_as] = name

@@ -183,6 +183,13 @@ def test_paths_that_the_files_names_do_not_tell_come_back(tmp_path):
     assert "model.layers.0.weight_packed" in load_file(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("name", ["weight", "kernel"])
+def test_two_leaves_of_one_path_are_refused(name, tmp_path):
+    """Keys may have slashes: each path would be `a/b/weight`, and one array would take the other's place unsaid."""
+    with pytest.raises(ValueError, match=rf"would both be 'a\.b\.{name}' in the file"):
+        tensors.save(tmp_path / "model.safetensors", {"a/b": {name: jnp.ones(3)}, "a": {"b": {name: jnp.zeros(3)}}})
+
+
 @pytest.mark.parametrize("name", ["weight", "weight_scale"])
 def test_two_leaves_of_one_name_in_the_file_are_refused(name, tmp_path):
     tree = {"a": quantize.convert({"kernel": jnp.ones((4, 3)), name: jnp.ones((4, 3))}, {"kernel$": Affine(8)})}

@@ -108,7 +108,11 @@ class InputObserver:
     def measure(
         self, params: Any, batches: Iterable[Any], only: Collection[str] | None = None
     ) -> dict[str, InputStatistics]:
-        """The statistics under these parameters; of the weights in `only`, if given (the others cost nothing)."""
+        """The statistics under these parameters; of the weights in `only`, if given (the others cost nothing).
+
+        Raises:
+          ValueError: there are no batches; a weight met no input, or inputs that are not finite.
+        """
         check_batches(batches)
         names = list(self.layouts) if only is None else [name for name in self.layouts if name in only]
         totals = {name: self._zeros(layout) for name, layout in self.layouts.items()}

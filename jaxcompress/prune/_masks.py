@@ -109,6 +109,9 @@ def threshold(tree: Any, part: float, score: Score = magnitude) -> jax.Array:
 
     Returns:
       A scalar of the leaves' common dtype. Scores that are NaN count as greater than all others.
+
+    Raises:
+      ValueError: `part` out of its range, or a tree without floating-point weights.
     """
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
     leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]

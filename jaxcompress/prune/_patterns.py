@@ -294,7 +294,13 @@ class Blocks:
 def vectors(
     sparsity: float, length: int | None = None, axis: int = -1, *, pad: bool = False, norm: str = "l1"
 ) -> Blocks:
-    """Blocks of `length` weights along `axis` (counted from the end; `None`: its whole length): rows, columns."""
+    """Blocks of `length` weights along `axis` (counted from the end; `None`: its whole length): rows, columns.
+
+    `pad` and `norm` are those of `Blocks`.
+
+    Raises:
+      ValueError: an axis that is counted from the front, and as `Blocks`.
+    """
     if axis >= 0:
         raise ValueError(f"axis is counted from the end, -1 or less, got {axis}")
     return Blocks(sparsity, (length,) + (1,) * (-axis - 1), pad, norm)

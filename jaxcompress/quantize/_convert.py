@@ -86,9 +86,9 @@ def outputs_first(params: Any, rules: Rules[bool]) -> Any:
     Each number stays, and so does the shape `[inputs, outputs]`. Where the CPU has AVX-512 VNNI or AMX, up to 128 rows
     of floats are then multiplied as exact products of integers, as near to the true product as one in float32 (`python
     -m benchmarks quantize.outputs_first` has the times, and `quantize.weight_only` those of codes that were left as
-    they are); a few rows of 8 bits gain too, many are slower. On other platforms nothing changes. For large matrices
-    (stacked by `nn.scan` or not) that meet inputs, not those that fit a cache; not for tables that are looked up, nor
-    for convolutions.
+    they are); a few rows of 8 bits gain too. On other platforms nothing changes. For large matrices (stacked by
+    `nn.scan` or not) that meet inputs; those that fit a cache gain little or nothing. Not for tables that are looked
+    up, nor for convolutions.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
@@ -103,11 +103,11 @@ def as_int4(params: Any, rules: Rules[bool]) -> Any:
         small = quantize.convert(params, {"kernel$": quantize.Affine(bits=4, group=(0, 128))})
         small = quantize.as_int4(small, {"kernel$": True})
 
-    Each number stays, and so does the number of bytes. As `convert` leaves them codes lie two (four) a byte, which every
-    backend and file format can hold, and are taken apart by shifts; XLA for a TPU does not always fuse those into a
-    product, and then reads the weight twice or writes it out. It takes int4 and int2 apart itself. `python -m benchmarks
-    quantize.tpu` has the bytes that a TPU reads and writes for either. On a GPU the two are the same program, and on a
-    CPU leave codes as they are.
+    Each number stays, and so does the number of bytes. As `convert` leaves them codes lie two (four) a byte, which
+    every backend and file format can hold, and are taken apart by shifts; XLA for a TPU does not always fuse those into
+    a product, and then reads the weight twice or writes it out. It takes int4 and int2 apart itself. `python -m
+    benchmarks quantize.tpu` has the bytes that a TPU reads and writes for either. On a GPU the two are the same
+    program, and on a CPU leave codes as they are.
 
     Raises:
       UnmatchedRuleError: a rule matches no parameter.

@@ -35,7 +35,8 @@ def gptq(
         small = quantize.gptq(lambda v, x: model.apply(v, x), variables, batches, {"kernel$": quantize.Affine(4)})
 
     Dense kernels of any rank, weights stacked by `scan`, convolutions with groups and without; see
-    `calibrate.input_statistics` for what the function may contain. Inputs are measured in the float model.
+    `calibrate.input_statistics` for what the function may contain. Inputs are measured in the float model. Of a pruned
+    model zeros take up errors too, and some become other values; `convert` keeps them all.
 
     Args:
       fn: `fn(params, batch)`, the model, or a `calibrate.InputObserver` of it, which is compiled once for many calls.

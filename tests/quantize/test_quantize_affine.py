@@ -181,3 +181,13 @@ def test_the_grid_does_not_depend_on_jit():
         eager, jitted = quantize(w, spec), jax.jit(lambda w, spec=spec: quantize(w, spec))(w)
         assert isinstance(jitted, Quantized)
         jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+
+
+@pytest.mark.parametrize("spec", [Affine(2), Affine(3, symmetric=False), Affine(4, group=(0, 4), symmetric=False)])
+@pytest.mark.parametrize("key", [None, 0])
+def test_zeros_of_a_pruned_weight_stay(rng, spec, key):
+    weight = np.where(rng.random((8, 6)) < 0.6, 0.0, 3 + rng.normal(size=(8, 6)))
+    small = convert(
+        {"w": jnp.asarray(weight, jnp.float32)}, {"w": spec}, key=None if key is None else jax.random.key(key)
+    )
+    assert not np.any(np.asarray(small["w"].materialise())[weight == 0])

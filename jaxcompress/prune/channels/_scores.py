@@ -90,7 +90,10 @@ def scale(groups: Groups, params: Any, pattern: str = "") -> Scores:
 
 
 def geometric_median(groups: Groups, params: Any, roles: Sequence[str] | None = ("out",)) -> Scores:
-    """How far a unit's weights are from all other units': sums of L2 distances (FPGM, He et al. 2019)."""
+    """How far a unit's weights are from all other units': sums of L2 distances (FPGM, He et al. 2019).
+
+    Args: as for `from_weights`.
+    """
     leaves = _leaves(groups, params)
     scores = {}
     for group in groups:
@@ -130,7 +133,10 @@ def hessian(groups: Groups, params: Any, squared_gradients: Any) -> Scores:
 
 
 def lamp(groups: Groups, params: Any, roles: Sequence[str] | None = ("out",)) -> Scores:
-    """Squared norms over the sum of those not smaller (Lee et al. 2021, equation 1, of units): for the global scope."""
+    """Squared norms over the sum of those not smaller (Lee et al. 2021, equation 1, of units): for the global scope.
+
+    Args: as for `from_weights`.
+    """
     scores = {}
     for name, norms in norm(groups, params, 2, roles).items():
         order = np.argsort(norms, kind="stable")
