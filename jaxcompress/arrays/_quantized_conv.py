@@ -33,6 +33,10 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
     out_dtype = params["preferred_element_type"] or x.dtype
     scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
 
+    def scaled_before(x: Array, w: Quantized) -> Array:
+        kernel = w.materialise().astype(x.dtype)
+        return lax.conv_general_dilated_p.bind(rounded_input(x, w, dims), kernel, **params).astype(out_dtype)
+
     def floats(x: Array, w: Quantized) -> Array:
         x = rounded_input(x, w, dims)
         as_floats = params | {"preferred_element_type": compute_dtype(x)}
@@ -44,26 +48,40 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
             return tiled_outputs(convolve, w, out_axis, numbers.out_spec[1])
         return convolve(w)
 
+    if not w.as_integers:
+        # its kernels take a weight as an array, and write what is scaled behind them a second time
+        return lax.platform_dependent(
+            x, w, cuda=scaled_before, default=lambda x, w: (floats(x, w) * scale).astype(out_dtype)
+        )
     integers = functools.partial(_conv_codes, dims=dims, params=params)
-    product = derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
-    return (product * scale).astype(out_dtype)
+    return (derived_from(floats, integers, x, w) * scale).astype(out_dtype)
 
 
 def _conv_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """The convolution of integers, scaled by the inputs' steps."""
     numbers, (codes, step, zero) = params["dimension_numbers"], input_codes(x, w, dims)
-    params = params | {"preferred_element_type": jnp.dtype("int32")}
+    as_integers = params | {"preferred_element_type": jnp.dtype("int32")}
     w_codes = w.codes()
 
     def integers(codes: Array) -> Array:
-        return lax.conv_general_dilated_p.bind(codes, w_codes, **params)
+        return lax.conv_general_dilated_p.bind(codes, w_codes, **as_integers)
 
     def weight_sums() -> Array:  # where the kernel is over the padding, only what is inside counts
         one = [1 if axis == numbers.lhs_spec[0] else size for axis, size in enumerate(x.shape)]
         return integers(jnp.ones(one, jnp.int8))
 
     zero = None if zero is None else zero.reshape([1] * x.ndim)
-    sums = exact(codes, zero, integers, weight_sums)
+
+    def as_floats() -> Array:  # of integers, added up in float32
+        number, whole = jnp.float32, {"precision": (lax.Precision.HIGHEST,) * 2, "preferred_element_type": jnp.float32}
+        centred = codes.astype(number) if zero is None else codes.astype(number) - zero
+        return lax.conv_general_dilated_p.bind(centred, w_codes.astype(number), **params | whole)
+
+    sums_of = functools.partial(exact, codes, zero, integers, weight_sums)
+    if zero is None and codes.dtype == jnp.int8:
+        sums = sums_of()
+    else:  # a GPU's kernels for integers give nothing but the product of two int8
+        sums = lax.platform_dependent(cuda=as_floats, default=sums_of)
     return sums * _along(step.reshape(-1), x.ndim, numbers.out_spec[0])
 
 

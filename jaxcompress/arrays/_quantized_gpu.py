@@ -29,7 +29,8 @@ def on_gpu(product: Callable[[Array, Quantized], Array], x: Array, w: Quantized,
         return by_sums(lambda w: w.centred(number) * w.spread(w.steps), rounded_input(x, w, dims), w, dims)
     if w.values.dtype == jnp.int2 and w.levels is None:  # or they are written out as 8 bits
         w = dataclasses.replace(w, values=lax.optimization_barrier(w.values.astype(jnp.int4)))
-    if w.zero_point is None or w.activation_bits is not None:
+    at_once = w.group is None or has_rows(x, w.group[1] // 2, dims)  # else the weight is decoded for its groups' scales
+    if w.zero_point is None or w.activation_bits is not None or not at_once:
         return product(x, w)
     # by itself: the codes less a zero point would be written out
     return product(x, dataclasses.replace(w, zero_point=None)) - _zero_points(x, w, dims)

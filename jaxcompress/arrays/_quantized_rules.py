@@ -40,7 +40,7 @@ from jaxcompress.arrays._products import (
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._quantized_gpu import is_plain, on_gpu
 from jaxcompress.arrays._quantized_inputs import input_codes, rounded_input
-from jaxcompress.arrays._tiles import is_tiled, tiled
+from jaxcompress.arrays._tiles import is_tiled, part_by_part, tiled
 
 
 def _left_to_dense(x: Array, w: Quantized, dims: Dims) -> Any:
@@ -109,7 +109,15 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
         codes, step, zero = input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
 
         def product(codes: Array) -> Array:
-            return tiled(functools.partial(grouped, zero=zero), codes, w, dims)
+            return tiled(functools.partial(grouped, zero=zero), codes, w, dims, whole=functools.partial(whole, codes))
+
+        def whole(codes: Array) -> Array:
+            assert w.group is not None
+            at_once = functools.partial(grouped, zero=zero)
+            if jax.device_count() > 1 or has_rows(codes, w.group[1] // 2, dims):
+                return at_once(codes, w)
+            # of many rows the groups' products take more memory than all else
+            return part_by_part(at_once, codes, w, dims, w.group[0] + w.ndim, w.group[1])
 
         if has_rows(codes, 1, dims):  # XLA:GPU writes such products of one row out
             on_gpu = functools.partial(doubled, product, dims=dims)

@@ -148,6 +148,14 @@ def _loops(
     return lax.scan(put, out, jnp.arange(w.shape[across] // width))[0]
 
 
+def part_by_part(product: Callable[[Array, W], Array], x: Array, w: W, dims: Dims, along: int, size: int) -> Array:
+    """`product(x, w)`, added up over parts of a contracted axis, which are `size` long and divide it."""
+    across = dims.w_free(len(w.shape))
+    if not across or w.shape[along] % size:
+        return product(x, w)
+    return _loops(product, x, w, dims, along, size, across[0], w.shape[across[0]])
+
+
 def _side_by_side(parts: Array, axis: int) -> Array:
     """[parts, ...] joined along what is `axis` of a part."""
     return lax.collapse(jnp.moveaxis(parts, 0, axis), axis, axis + 2)

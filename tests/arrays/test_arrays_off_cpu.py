@@ -1,5 +1,7 @@
 """What products run on a TPU or GPU, run here: the same numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,7 @@ def platform(request, monkeypatch):
         return by_platform.get(request.param, default)(*args)
 
     monkeypatch.setattr(lax, "platform_dependent", there)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     for rules in _quantized_rules, _codebook_rules:  # the weights here are small
         monkeypatch.setattr(rules, "LEAST", 0)
 
@@ -120,6 +123,32 @@ def test_convolutions(name, rng):
         return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     np.testing.assert_allclose(compressed(conv)(x, small), conv(x, dense(small)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("zero_point", [None, 3.0])
+def test_convolutions_of_integers(bits, zero_point, rng):
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 3, 4, 8), (2, 6, 6, 4)))
+    static = {"input_scale": 0.02, "input_zero_point": zero_point}
+    static = {name: number and jnp.full((1, 1, 1, 1), number) for name, number in static.items()}
+    small = dataclasses.replace(Affine(8, activation_bits=bits).convert(w), **static)
+
+    def conv(x, w):
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    zero, top = zero_point or 0, 2 ** (bits - 1) - 1
+    codes = np.clip(np.round(np.asarray(x, np.float64) / 0.02) + zero, -top - bool(zero_point), top)
+    wanted = conv(jnp.asarray(0.02 * (codes - zero), jnp.float32), dense(small))
+    np.testing.assert_allclose(compressed(conv)(x, small), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("platform")
+def test_many_rows_of_integers_in_groups_keep_no_product_a_group():
+    w = Affine(4, group=(0, 8), activation_bits=8).convert(jnp.ones((512, 64)))
+    x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    temp = jax.jit(compressed(jnp.matmul)).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+    assert temp < 8 * 256 * 64 * 4  # and not 64 of them, one a group
 
 
 @pytest.mark.parametrize("keep_zeros", [False, True])

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import tpu
+from benchmarks.compiled import V5E, tpus
 from jaxcompress import train
 
 pytest.importorskip("libtpu", reason="compiling for a TPU needs the libtpu wheel: pip install jaxcompress[tpu-compile]")
@@ -25,10 +25,10 @@ BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 @pytest.fixture(scope="module")
 def chips():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in tpu.DESCRIBED.items():
+        for name, value in V5E.items():
             patch.setenv(name, os.environ.get(name, value))
         patch.delenv("XLA_FLAGS", raising=False)  # conftest's are a CPU's: libtpu ends the process when it reads them
-        yield tpu.chips()
+        yield tpus()
 
 
 def forward(layers, x):
