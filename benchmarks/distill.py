@@ -15,6 +15,7 @@ import optax
 
 from benchmarks import _mlp as mlp
 from benchmarks._harness import Figure, Figures, Stepper, benchmark, compiled_bytes, exact, paired
+from benchmarks.compiled import gpu
 from jaxcompress import distill
 
 MAP = (4, 4, 64)
@@ -172,21 +173,43 @@ def _step(rounds: int) -> Figures:
 def _fused(rounds: int) -> Figures:
     """The chunked loss and gradients, 1024 tokens, 512 features, vocabulary 32768, against optax on all logits."""
     arrays = _language_model(1024, 512, 32768)
-
-    def plain(student: jax.Array, head: jax.Array, teacher: jax.Array, teacher_head: jax.Array) -> jax.Array:
-        log_student = jax.nn.log_softmax(student @ head / 2.0)
-        soft_targets = jax.nn.softmax(teacher @ teacher_head / 2.0)
-        return 4.0 * optax.losses.kl_divergence(log_student, soft_targets).mean()
-
-    def fused(*arrays: jax.Array) -> jax.Array:
-        return distill.fused_distillation_loss(*arrays, temperature=2.0)
-
-    ours, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (fused, plain))
-    name = "optax.losses.kl_divergence on all logits"
+    ours, theirs = _with_gradients(_chunked), _with_gradients(_on_all_logits)
     return {
-        "time": paired(lambda: ours(*arrays), lambda: theirs(*arrays), name, rounds),
-        "bytes": _bytes(compiled_bytes(ours, *arrays)["temp"], compiled_bytes(theirs, *arrays)["temp"], name),
+        "time": paired(lambda: ours(*arrays), lambda: theirs(*arrays), ALL_LOGITS, rounds),
+        "bytes": _bytes(compiled_bytes(ours, *arrays)["temp"], compiled_bytes(theirs, *arrays)["temp"], ALL_LOGITS),
     }
+
+
+@benchmark("distill.cuda")
+def _cuda(rounds: int) -> Figures:
+    """Temporary bytes of the chunked loss compiled for a GPU (see `compiled.py`), in bfloat16, at the shape of Liger's.
+
+    8,192 tokens, a vocabulary of 131,072, 2,048 features and the teacher's 4,096.
+    """
+    del rounds  # compiled bytes do not vary
+    with gpu() as device:
+        chip = jax.sharding.SingleDeviceSharding(device)
+        shapes = (8192, 2048), (2048, 131072), (8192, 4096), (4096, 131072)
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=chip) for shape in shapes]
+        ours, theirs = (compiled_bytes(_with_gradients(f), *arrays)["temp"] for f in (_chunked, _on_all_logits))
+    return {"bytes": _bytes(ours, theirs, ALL_LOGITS)}
+
+
+ALL_LOGITS = "optax.losses.kl_divergence on all logits"
+
+
+def _on_all_logits(student: jax.Array, head: jax.Array, teacher: jax.Array, teacher_head: jax.Array) -> jax.Array:
+    log_student = jax.nn.log_softmax((student @ head).astype(jnp.float32) / 2.0)
+    soft_targets = jax.nn.softmax((teacher @ teacher_head).astype(jnp.float32) / 2.0)
+    return 4.0 * optax.losses.kl_divergence(log_student, soft_targets).mean()
+
+
+def _chunked(*arrays: jax.Array) -> jax.Array:
+    return distill.fused_distillation_loss(*arrays, temperature=2.0)
+
+
+def _with_gradients(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 def _language_model(tokens: int, features: int, vocabulary: int) -> list[jax.Array]:
