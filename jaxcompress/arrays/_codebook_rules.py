@@ -81,9 +81,11 @@ def _gather(w: Codebook, indices: ArrayLike, **params: Any) -> Any:
     return look_up(w.centroids.reshape([1] * rows.ndim + [-1]), rows, w.keep_zeros)
 
 
-@put_off(Codebook)
 def _transposed(w: Codebook, permutation: tuple[int, ...]) -> Codebook:
     return _unpacked(w, jnp.transpose(w.codes(), permutation), jnp.transpose(w.centroids, (*permutation, w.ndim)))
+
+
+put_off(Codebook, _transposed)
 
 
 @register(lax.reshape_p)

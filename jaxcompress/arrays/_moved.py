@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jaxtyping import Array
 
 from jaxcompress.arrays._compressed import compressed
-from jaxcompress.arrays._leaf import Leaf, register
+from jaxcompress.arrays._leaf import Leaf, is_leaf, made_dense, register
 from jaxcompress.arrays._products import Dims, register_product
 
 AtOnce = Callable[[Any, tuple[int, ...]], Leaf]
@@ -48,35 +48,36 @@ class Moved(Leaf):
     def materialise(self) -> Array:
         return jnp.transpose(self.weight.materialise(), self.permutation)
 
-    def done(self) -> Leaf:
-        """The weight laid out anew."""
-        return _at_once[type(self.weight)](self.weight, self.permutation)
+    def done(self) -> Any:
+        """The weight laid out anew, or its dense value."""
+        at_once = _at_once.get(type(self.weight))
+        return self.materialise() if at_once is None else at_once(self.weight, self.permutation)
 
     def unshared(self, length: int) -> Any:
-        return self.done().unshared(length)
+        done = self.done()
+        return done.unshared(length) if is_leaf(done) else done
 
     @staticmethod
     def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """What has no rule here has one for the weight, laid out anew, or none."""
+        """What has no rule here may have one for the weight, laid out anew."""
+        made_dense(primitive, [x.weight for x in values if isinstance(x, Moved) and type(x.weight) not in _at_once])
         done = [x.done() if isinstance(x, Moved) else x for x in values]
         return compressed(functools.partial(primitive.bind, **params))(*done)
 
 
-def put_off(leaf: type[Leaf]) -> Callable[[AtOnce], AtOnce]:
-    """Registers how `leaf` is transposed, as what is done only where something else than a product meets it."""
+def put_off(leaf: type[Leaf], at_once: AtOnce | None = None) -> None:
+    """A transpose of `leaf` waits until a product takes it in its dimension numbers.
 
-    def decorate(at_once: AtOnce) -> AtOnce:
+    Where something else meets the weight `at_once` lays it out anew; without, it becomes dense there.
+    """
+    if at_once is not None:
         _at_once[leaf] = at_once
 
-        # rules are chosen by their annotations, of which this one is a variable: a type checker cannot follow
-        @register(lax.transpose_p)
-        def _transpose(w: leaf, *, permutation: tuple[int, ...]) -> Moved:  # type: ignore[valid-type]
-            order = tuple(axis - len(permutation) for axis in permutation)
-            return Moved(w, order, strict=w.strict)  # type: ignore[attr-defined]
-
-        return at_once
-
-    return decorate
+    # rules are chosen by their annotations, of which this one is a variable: a type checker cannot follow
+    @register(lax.transpose_p)
+    def _transpose(w: leaf, *, permutation: tuple[int, ...]) -> Moved:  # type: ignore[valid-type]
+        order = tuple(axis - len(permutation) for axis in permutation)
+        return Moved(w, order, strict=w.strict)  # type: ignore[attr-defined]
 
 
 @register(lax.transpose_p)

@@ -57,10 +57,12 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
     return (found * look_up(w.steps)).astype(w.dtype)
 
 
-@put_off(Quantized)
 def _transposed(w: Quantized, permutation: tuple[int, ...]) -> Quantized:
     group = w.group and (permutation.index(w.group[0] + w.ndim) - w.ndim, w.group[1])
     return _rearranged(w, lambda x: jnp.transpose(x, permutation), group)
+
+
+put_off(Quantized, _transposed)
 
 
 @register(lax.rev_p)

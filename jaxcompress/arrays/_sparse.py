@@ -26,8 +26,6 @@ class Sparse(Leaf):
     """The kept values of each stacked weight, filled up with zeros to the largest number kept."""
     length: int = eqx.field(static=True)
     """The true length of the last axis."""
-    permutation: tuple[int, ...] | None = eqx.field(static=True, default=None)
-    """Which stored axis (counted from the end) stands at each place of a transposed view; `None`: as stored."""
 
     @classmethod
     def from_dense(cls, array: Array, mask: Bool[Array, "*shape"] | None = None, *, stacked: int = 0) -> "Sparse":
@@ -59,19 +57,14 @@ class Sparse(Leaf):
         return cls(mask=pack_bits(mask), values=values, length=array.shape[-1])
 
     def aval(self) -> ShapedArray:
-        stored = (*self.mask.shape[:-1], self.length)
-        shape = stored if self.permutation is None else tuple(stored[axis] for axis in self.order())
-        return ShapedArray(shape, self.values.dtype)
-
-    def order(self) -> tuple[int, ...]:
-        """`permutation` with every axis, counted from the front."""
-        ndim = self.mask.ndim
-        inner = self.permutation or ()
-        return (*range(ndim - len(inner)), *(ndim + axis for axis in inner))
+        return ShapedArray((*self.mask.shape[:-1], self.length), self.values.dtype)
 
     def materialise(self) -> Array:
-        stored = self.decode(unpack_bits(self.mask, self.length), self.row_starts())[0]
-        return stored if self.permutation is None else jnp.transpose(stored, self.order())
+        return self.decode(unpack_bits(self.mask, self.length), self.row_starts())[0]
+
+    def unshared(self, length: int) -> Any:
+        # one weight's values have no axis of rows
+        return self.materialise() if self.values.ndim == 1 else super().unshared(length)
 
     def row_starts(self) -> Int[Array, "*rows"]:
         """Where, among all values laid flat, each row of the mask begins."""

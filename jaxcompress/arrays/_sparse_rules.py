@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import register
+from jaxcompress.arrays._moved import put_off
 from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, register_product
 from jaxcompress.arrays._sparse import Sparse, scan_tiles
 
@@ -31,19 +32,15 @@ def _columns(w: Sparse) -> int:
 @register_product(Sparse)
 def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left."""
-    last = w.order().index(w.ndim - 1)
+    last = w.ndim - 1
     if not is_float(x) or params.get("out_sharding") is not None or last in dims.w_batch:
         return NotImplemented
-    stored = dims._replace(
-        w_contract=tuple(w.order()[axis] for axis in dims.w_contract),
-        w_batch=tuple(w.order()[axis] for axis in dims.w_batch),
-    )
     out_dtype = params["preferred_element_type"] or x.dtype
     columns, wide = _columns(w), jnp.promote_types(out_dtype, jnp.float32)
 
     def multiply(x: Array, tile: Array, dtype: Any) -> Array:
         return lax.dot_general(
-            x, tile.astype(x.dtype), stored.numbers, precision=params["precision"], preferred_element_type=dtype
+            x, tile.astype(x.dtype), dims.numbers, precision=params["precision"], preferred_element_type=dtype
         )
 
     if last in dims.w_contract:
@@ -51,7 +48,7 @@ def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
         n_tiles = -(-w.length // columns)
         padded = jnp.pad(x, [(0, n_tiles * columns - w.length if axis == x_axis else 0) for axis in range(x.ndim)])
         xs = jnp.moveaxis(padded.reshape(*x.shape[:x_axis], n_tiles, columns, *x.shape[x_axis + 1 :]), x_axis, 0)
-        start = jax.eval_shape(lambda x: lax.dot_general(x, jnp.zeros(_stored_shape(w), x.dtype), stored.numbers), x)
+        start = jax.eval_shape(lambda x: lax.dot_general(x, jnp.zeros(w.shape, x.dtype), dims.numbers), x)
         total, _ = scan_tiles(
             w,
             columns,
@@ -59,11 +56,9 @@ def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
             jnp.zeros(start.shape, wide),
             xs,
         )
-        product = total.astype(out_dtype)
-    else:
-        _, pieces = scan_tiles(w, columns, lambda carry, tile: (carry, multiply(x, tile[0], out_dtype)), ())
-        product = _join(pieces, pieces.ndim - 2, w.length)  # the stored last axis is the last free one
-    return _in_view_order(product, w, dims, stored, x.ndim)
+        return total.astype(out_dtype)
+    _, pieces = scan_tiles(w, columns, lambda carry, tile: (carry, multiply(x, tile[0], out_dtype)), ())
+    return _join(pieces, pieces.ndim - 2, w.length)  # the last axis is the last free one
 
 
 def _join(pieces: Array, axis: int, length: int) -> Array:
@@ -72,24 +67,12 @@ def _join(pieces: Array, axis: int, length: int) -> Array:
     return lax.slice_in_dim(lax.collapse(laid, axis, axis + 2), 0, length, axis=axis)
 
 
-def _stored_shape(w: Sparse) -> tuple[int, ...]:
-    return (*w.mask.shape[:-1], w.length)
-
-
-def _in_view_order(product: Array, w: Sparse, dims: Dims, stored: Dims, x_ndim: int) -> Array:
-    """The weight's free axes from stored order to the order of its (transposed) view."""
-    have = stored.w_free(w.ndim)
-    want = [w.order()[axis] for axis in dims.w_free(w.ndim)]
-    first = len(dims.x_batch) + len(dims.x_free(x_ndim))
-    return jnp.transpose(product, (*range(first), *(first + have.index(axis) for axis in want)))
-
-
 @register(lax.conv_general_dilated_p)
 def _conv(x: ArrayLike, w: Sparse, **params: Any) -> Any:
     x, numbers = jnp.asarray(x), params["dimension_numbers"]
     plain = params["feature_group_count"] == 1 and params["batch_group_count"] == 1
     columns = _columns(w)
-    if not is_float(x) or w.permutation is not None or w.values.ndim > 1:
+    if not is_float(x) or w.values.ndim > 1:
         return NotImplemented
     if not (plain and numbers.rhs_spec[0] == w.ndim - 1):  # groups couple the output channels: only as one tile
         if columns < w.length:
@@ -109,7 +92,7 @@ def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
     numbers, sizes, last = params["dimension_numbers"], params["slice_sizes"], w.ndim - 1
     looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
     whole_rows = last not in looked_up and sizes[last] == w.length
-    if w.permutation is not None or not whole_rows:
+    if not whole_rows:
         return NotImplemented
     bits = lax.gather_p.bind(
         w.mask, indices, **params | {"slice_sizes": (*sizes[:-1], w.mask.shape[-1]), "fill_value": 0}
@@ -122,10 +105,7 @@ def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
     return jnp.moveaxis(rows, -1, axis)
 
 
-@register(lax.transpose_p)
-def _transpose(w: Sparse, *, permutation: tuple[int, ...]) -> Sparse:
-    order = tuple(w.order()[axis] - w.ndim for axis in permutation)
-    return dataclasses.replace(w, permutation=None if order == tuple(range(-w.ndim, 0)) else order)
+put_off(Sparse)
 
 
 @register(lax.reshape_p)
@@ -141,7 +121,7 @@ def _squeeze(w: Sparse, *, dimensions: tuple[int, ...]) -> Any:
 def _reshaped(w: Sparse, shape: tuple[int, ...]) -> Any:
     """Row-major order stays, so the values do; only the bits are packed anew where the last axis changes."""
     blocks = block_map(w.shape, shape)
-    if w.permutation is not None or w.values.ndim > 1 or not shape or blocks is None:
+    if w.values.ndim > 1 or not shape or blocks is None:
         return NotImplemented
     if shape[-1] == w.length:
         return dataclasses.replace(w, mask=w.mask.reshape(*shape[:-1], w.mask.shape[-1]))
@@ -157,6 +137,4 @@ def _convert(w: Sparse, **params: Any) -> Any:
 
 @register(primitives.sharding_constraint_p)
 def _sharding_constraint(w: Sparse, **params: Any) -> Any:
-    if w.permutation is not None:
-        return NotImplemented
     return dataclasses.replace(w, mask=constrain_like(w.mask, w.shape, params))

@@ -7,8 +7,14 @@ import pytest
 from jax import lax
 
 from jaxcompress import compressed, dense, quantize
-from jaxcompress.arrays import Quantized, is_leaf, watch
+from jaxcompress.arrays import MadeDenseError, Quantized, Sparse, is_leaf, watch
 from jaxcompress.quantize import Affine
+
+
+class Half:
+    def convert(self, w):
+        return Sparse.from_dense(w * (w > 0))
+
 
 SCHEMES = {
     "int8": Affine(8, axes=(0,)),
@@ -18,6 +24,7 @@ SCHEMES = {
     "nf4": quantize.NF4((-1, 8)),
     "k-means": quantize.KMeans(5),
     "ternary": quantize.Ternary(),
+    "sparse": Half(),
 }
 
 
@@ -42,7 +49,7 @@ def test_products(name, order, rng):
         np.testing.assert_allclose(got, wanted, atol=tolerance * float(jnp.abs(wanted).max()), err_msg=case)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4, groups", "k-means"])
+@pytest.mark.parametrize("name", ["int8", "int4, groups", "k-means", "sparse"])
 def test_everything_else(name, rng):
     w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=(6, 16)), jnp.float32))
     i = jnp.asarray([3, 0, 15])
@@ -81,6 +88,15 @@ def test_it_is_the_weight_that_is_counted_and_strict(rng):
     assert hits == {("Quantized", "transpose", "rule"): 1, ("Quantized", "dot_general", "rule"): 1}
 
 
+def test_what_cannot_be_laid_out_anew_is_dense_there(rng):
+    w = Half().convert(jnp.asarray(rng.normal(size=(6, 16)), jnp.float32))
+    with watch() as hits:
+        compressed(lambda w: w.T + 1)(w)
+    assert hits == {("Sparse", "transpose", "rule"): 1, ("Sparse", "add", "dense"): 1}
+    with pytest.raises(MadeDenseError, match="Sparse weight"):
+        compressed(lambda w: w.T + 1, strict=True)(w)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_nothing_is_laid_out_anew(bits, rows):
@@ -103,8 +119,9 @@ def test_nothing_is_laid_out_anew(bits, rows):
         Affine(4).convert(jnp.arange(16.0)),
         Affine(8).convert(jnp.arange(96.0).reshape(16, 6)).outputs_first(),
         quantize.KMeans(5).convert(jnp.arange(16.0)),
+        Sparse.from_dense(jnp.arange(64.0).reshape(8, 8) % 3),
     ],
-    ids=["groups of rows", "packed vector", "outputs first", "packed indices"],
+    ids=["groups of rows", "packed vector", "outputs first", "packed indices", "sparse rows"],
 )
 def test_steps_whose_part_is_no_leaf_of_its_own(w):
     def rows(w):
