@@ -47,7 +47,8 @@ def capture(fn: Callable[..., Any], patterns: str | Sequence[str]) -> Callable[.
       `captured(*args, **kwargs) -> (fn(*args, **kwargs), features)`. A name that comes once is its own key; one that
       comes several times has the keys `name/0`, `name/1`, ... in the order of evaluation. Calling `captured` raises
       `UnmatchedRuleError`, which lists the names there are, if a pattern matches none, and `ValueError` if a chosen
-      value lies where it has no single value: in a `while` loop, in some branches of a `cond` only, in a kernel.
+      value lies where it has no single value (in a `while` loop, in some branches of a `cond` only, in a kernel), or if
+      its key is another's too, as of `h`, `h` and `h/0`.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
 
@@ -65,6 +66,9 @@ def capture(fn: Callable[..., Any], patterns: str | Sequence[str]) -> Callable[.
         listed = _listed(closed.jaxpr)
         keys = _keys(listed)
         chosen = _chosen(patterns, keys)
+        twice = sorted(key for key, count in Counter(keys).items() if count > 1 and key in chosen)
+        if twice:  # a dict would keep the last one, without a word
+            raise ValueError(f"two values have the key {twice[0]!r}: a name that comes several times gets numbers")
         wanted = {name for name, key in zip(listed, keys, strict=True) if key in chosen}
         outs, values = _run(closed.jaxpr, closed.consts, jax.tree.leaves(arrays), wanted)
         found_keys = [key for name, key in zip(listed, keys, strict=True) if name in wanted]

@@ -340,3 +340,14 @@ def test_a_linen_module_is_no_nnx_module():
     for take in (nnx_wrappers.functional, lambda module: nnx_wrappers.capture(module, "")):
         with pytest.raises(TypeError, match="want an NNX module, got Dense: of a Linen module `apply`"):
             take(nn.Dense(3))
+
+
+def test_two_values_never_share_a_key():
+    """`h`, which comes twice, is `h/0` and `h/1`; a value of the name `h/0` would take the first one's place."""
+
+    def forward(x):
+        return checkpoint_name(x, "h") + checkpoint_name(2 * x, "h") + checkpoint_name(3 * x, "h/0")
+
+    with pytest.raises(ValueError, match="two values have the key 'h/0'"):
+        features.capture(forward, "h")(X)
+    assert_close(features.capture(forward, "1$")(X)[1], {"h/1": 2 * X})

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import Number, check_between, check_positive, check_rank
+from jaxcompress.distill._inputs import Number, check_between, check_positive, check_rank, varying_as
 from jaxcompress.distill._logits import jensen_shannon_loss
 from jaxcompress.distill._softmax import hard_label_loss
 
@@ -91,6 +91,7 @@ def fused_distillation_loss(
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     chunk = max(1, min(chunk, count))
     weights = jnp.asarray(alpha, jnp.float32), jnp.asarray(temperature, jnp.float32)
+    tokens, heads, weights = varying_as((tokens, heads, weights), (tokens, heads, weights))
     return _mean_loss(beta, labels is not None, chunk, tokens, heads, weights)
 
 
@@ -119,7 +120,7 @@ def _mean_loss(beta: float, hard: bool, chunk: int, tokens: _Tokens, heads: _Hea
     def step(total: jax.Array, part: _Tokens) -> tuple[jax.Array, None]:
         return total + _chunk_loss(_logits(part.student, heads[0]), part, heads[1], beta, hard, weights), None
 
-    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), _chunks(tokens, chunk))
+    total, _ = jax.lax.scan(step, varying_as(jnp.zeros((), jnp.float32), tokens), _chunks(tokens, chunk))
     return total / _divisor(tokens)
 
 
@@ -141,6 +142,7 @@ def _forward(
         return (total + loss, head_gradient), hidden_gradient
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(heads[0].shape, jnp.float32)
+    start = varying_as(start, tokens)
     (total, head_gradient), hidden_gradient = jax.lax.scan(step, start, _chunks(tokens, chunk))
     hidden_gradient = hidden_gradient.reshape(-1, tokens.student.shape[1])[: tokens.student.shape[0]]
     return total / divisor, (hidden_gradient, head_gradient, heads[0][:0])

@@ -1,9 +1,13 @@
 """What every loss does with its arguments first: dtypes, shapes, the teacher's constancy, the padding mask."""
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
+
+Tree = TypeVar("Tree")
 
 Number = float | jax.Array
 """A temperature or a weight: a number (checked), or a traced scalar (a schedule's); a weight may be an array."""
@@ -54,6 +58,22 @@ def check_not_negative(values: ArrayLike, name: str) -> None:
     """A ValueError where one of these is below 0; traced ones pass."""
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)) and np.min(values, initial=0) < 0:
         raise ValueError(f"{name} must not be negative, got {values}")
+
+
+def varying_as(tree: Tree, others: Any) -> Tree:
+    """`tree`, in a `shard_map` marked as varying over the mesh axes that one of `others` does: so must a loop begin."""
+
+    def varies(x: jax.Array) -> frozenset[str]:
+        kind = getattr(jax.typeof(x), "manual_axis_type", None)  # JAX has renamed it before
+        return frozenset() if kind is None else kind.varying
+
+    axes = frozenset[str]().union(*map(varies, jax.tree.leaves(others)))
+
+    def mark(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varies(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
 
 
 def logits(x: ArrayLike, name: str, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:

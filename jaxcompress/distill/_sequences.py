@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.distill._inputs import Number, as_float, check_between, check_positive
+from jaxcompress.distill._inputs import Number, as_float, check_between, check_positive, varying_as
 from jaxcompress.distill._logits import jensen_shannon_loss
 from jaxcompress.distill._softmax import hard_label_loss
 
@@ -75,7 +75,7 @@ def sample_sequences(
         tokens, where = tokens.at[:, i].set(drawn), where.at[:, i].set(~ended)
         return tokens, where, ended | (drawn == end_token) if end_token is not None else ended
 
-    carry = tokens, jnp.zeros((batch, length), bool), jnp.zeros(batch, bool)
+    carry = varying_as((tokens, jnp.zeros((batch, length), bool), jnp.zeros(batch, bool)), (key, prompts))
     tokens, where, _ = jax.lax.fori_loop(start, length, step, carry)
     return Sequences(jax.lax.stop_gradient(tokens), where)
 

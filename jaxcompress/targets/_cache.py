@@ -225,4 +225,5 @@ def _key_rows(examples: ArrayLike, seeds: ArrayLike) -> np.ndarray:
     examples, seeds = np.asarray(examples), np.asarray(seeds)
     if examples.ndim != 1 or not all(np.issubdtype(x.dtype, np.integer) for x in (examples, seeds)):
         raise ValueError(f"examples must be integers [batch] and seeds integers, got {examples!r:.80}, {seeds!r:.80}")
-    return np.stack([examples, np.broadcast_to(seeds, examples.shape)], axis=1).astype(KEYS)
+    columns = examples, np.broadcast_to(seeds, examples.shape)  # of their own: uint64 beside int64 would become floats
+    return np.stack([x.astype(KEYS) for x in columns], axis=1)

@@ -119,7 +119,7 @@ class Checkpoints:
                 f"{self.directory} has a checkpoint of step {latest}, so none of step {step} can follow; resume from "
                 f"it, or use another directory"
             )
-        positions = _gather(to_json(data))
+        positions = gather(to_json(data))
         leaves = _named(state)
         described = {name: _describe(leaf) for name, leaf in leaves.items()}
         meta = {"format": _FORMAT, "leaves": described, "static": _static(state)}
@@ -296,7 +296,7 @@ def to_json(data: Any) -> str:
         raise TypeError(f"a data position must be JSON (dicts, lists, numbers, strings), got {data!r:.200}") from error
 
 
-def _gather(text: str) -> list[Any]:
+def gather(text: str) -> list[Any]:
     """Every process's JSON value, in the processes' order."""
     if jax.process_count() == 1:
         return [json.loads(text)]

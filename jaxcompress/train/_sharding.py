@@ -85,6 +85,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...] = "data") ->
     """A batch of host arrays, with the first axis of each divided over a mesh axis.
 
     With several processes, each hands in its own rows, and the global batch is all of them, in the processes' order.
+    All must hand in equally many: a process knows of its own alone, and a step compares them in its first call only.
     Arrays that already lie on this mesh are left alone; scalars are replicated.
 
     Raises:

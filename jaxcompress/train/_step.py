@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcompress.paths import path_name
+from jaxcompress.train._checkpoint import gather, to_json
 from jaxcompress.train._sharding import on_mesh, shard_batch
 from jaxcompress.train._state import Optimizer, TrainState, split, strong
 
@@ -100,19 +102,24 @@ class Step:
         self._current: tuple[Any, Mesh | None] | None = None
         self._last_state: Callable[[], TrainState | None] = lambda: None
         self._last_frozen: Any = None
+        self._has_compared = False
 
     def __call__(self, state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         """Takes the step. `state` is donated; `frozen` lies on the state's mesh, the batch may come from the host.
 
         Raises:
           ValueError: state and `frozen` do not lie on one mesh, or share an array; the state is of another optimizer;
-            the loss's results are not what a step can use.
+            the loss's results are not what a step can use; in the first step, processes hand in batches of other
+            shapes than each other.
         """
         # the state that the last call returned lies where that call put it: no need to look at every leaf again
         if self._current is None or state is not self._last_state() or frozen is not self._last_frozen:
             self._current = self._choose(state, frozen)
         jitted, mesh = self._current
         if mesh is not None:
+            if not self._has_compared:
+                _compare_processes(batch, mesh)
+                self._has_compared = True
             batch = shard_batch(batch, mesh, self._batch_axis)
         state, metrics = jitted(state, batch, frozen)
         self._last_state, self._last_frozen = weakref.ref(state), frozen
@@ -143,6 +150,19 @@ class Step:
             return state, {**metrics, "grad_norm": _norm(gradient)} if self._grad_norm else metrics
 
         return step
+
+
+def _compare_processes(batch: Any, mesh: Mesh) -> None:
+    """Each process takes the others to have as many rows as itself: if not, means are wrong without a word.
+
+    Only a mesh of all processes is asked, for all must take part; and only once, for each time the hosts would wait.
+    """
+    if jax.process_count() == 1 or len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
+        return
+    shapes = [list(np.shape(x)) for x in jax.tree.leaves(batch) if not on_mesh(x, mesh)]
+    each = gather(to_json(shapes))
+    if any(other != each[0] for other in each):
+        raise ValueError(f"every process must hand in batches of the same shapes; by process they are {each}")
 
 
 def _take(

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jaxcompress import distill
+from jaxcompress import distill, train
 
 
 def plain(student, student_head, teacher, teacher_head, labels, where, *, alpha, beta, temperature):
@@ -113,3 +114,16 @@ def test_bad_input(rng):
             call()
     with pytest.raises(TypeError, match="floating"):
         distill.fused_distillation_loss(arrays[0].astype(int), *arrays[1:])
+
+
+def test_in_a_shard_map_each_device_takes_its_tokens_through_the_whole_heads(rng):
+    arrays, _, _ = case(rng, tokens=16)
+
+    def mean(student, student_head, *teacher):
+        return jax.lax.pmean(distill.fused_distillation_loss(student, student_head, *teacher, chunk=1), "data")
+
+    sharded = jax.shard_map(mean, mesh=train.make_mesh(), in_specs=(P("data"), P(), P("data"), P()), out_specs=P())
+    got, want = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*arrays) for f in (sharded, distill.fused_distillation_loss)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jaxcompress import distill
+from jaxcompress import distill, train
 
 
 def encoder(rng, layers, width, heads=2, batch=3, tokens=4):
@@ -134,6 +135,15 @@ def test_samples_follow_the_model():
     np.add.at(counts, (sequences.tokens[:, :-1].ravel(), sequences.tokens[:, 1:].ravel()), 1)
     np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), TRANSITIONS, atol=0.03)
     np.testing.assert_array_equal(sequences.where, np.tile([False, True, True, True], (4000, 1)))
+
+
+def test_prompts_divided_by_a_shard_map():
+    def write(prompts):
+        return distill.sample_sequences(jax.random.key(0), bigram, prompts, 5, temperature=0, end_token=3)
+
+    prompts = np.arange(16).reshape(16, 1) % 4
+    sharded = jax.shard_map(write, mesh=train.make_mesh(), in_specs=P("data"), out_specs=P("data"))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(sharded)(prompts), write(prompts))
 
 
 def test_greedy_samples_and_the_end_of_a_sequence():

@@ -348,3 +348,17 @@ def test_damage_and_bad_input(tmp_path, rng):
     (tmp_path / "c" / "header.json").write_text("{")
     with pytest.raises(ValueError, match=r"header.json is damaged"):
         targets.TargetCache(tmp_path / "c", **who)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64])
+def test_keys_are_whole_numbers_to_the_last_digit(tmp_path, kind):
+    """Names' hashes as numbers: neighbours beyond 2**53, which are one in float64, and unsigned ones beyond int64."""
+    largest = 2 ** (63 if kind == np.int64 else 64) - 1
+    keys = np.array([2**53, 2**53 + 1, largest, largest - 1], kind)
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+    for directory, examples, seeds in (("examples", keys, 0), ("seeds", np.zeros(4, int), keys)):
+        kept = targets.build(tmp_path / directory, lambda x: x, [(examples, seeds, rows)], teacher="t", data="d")
+        assert len(kept) == 4
+        np.testing.assert_array_equal(
+            kept.logits(examples[::-1], seeds if directory == "examples" else seeds[::-1]), rows[::-1]
+        )

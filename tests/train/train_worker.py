@@ -5,6 +5,7 @@ import sys
 import jax
 import numpy as np
 import optax
+import pytest
 from train_toys import create, dataset, loss_fn, teacher_variables
 
 from jaxcompress import train
@@ -16,6 +17,10 @@ def main(port: str, count: str, index: str, checkpoints: str, out: str) -> None:
     mesh, tx = train.make_mesh(), optax.sgd(0.1, momentum=0.9)
     assert mesh.shape["data"] == int(count) and len(jax.local_devices()) == 1
     step, teacher = train.make_step(loss_fn, tx), train.shard(teacher_variables(), mesh)
+    batch = next(iter(dataset(host=int(index), hosts=int(count)).to_iter_dataset()))
+    uneven = jax.tree.map(lambda x: x[int(index) :], batch)
+    with pytest.raises(ValueError, match="every process must hand in batches of the same shapes; by process they are"):
+        train.make_step(loss_fn, tx)(train.shard(create(tx), mesh), uneven, teacher)
     metrics = train.JsonLines(out + ".jsonl")
     for steps in (7, 12):  # the second call resumes from what the first one saved
         data = iter(dataset(host=int(index), hosts=int(count)).to_iter_dataset())
