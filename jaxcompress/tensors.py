@@ -9,7 +9,7 @@ Of a `Quantized` kernel `a/b/kernel`, `[inputs, outputs]`, the file has (`[outpu
 * with 4 or 2 bits `a.b.weight_packed`, int32, each word holding `32 // bits` codes plus `2**(bits - 1)`, the first in
   the lowest bits, and `a.b.weight_shape`;
 * `a.b.weight_scale`: `[1]` a tensor, `[outputs, 1]` a channel, `[outputs, groups]` a group of inputs;
-* `a.b.weight_zero_point`, where there is one: int8, or packed along the outputs;
+* `a.b.weight_zero_point`, where there is one: int8; of channels and groups of 4 or 2 bits, packed along the outputs;
 * `a.b.input_scale` and `a.b.input_zero_point` of static inputs.
 
 Other arrays are there as they are, with dots in their names. What those do not tell, the path of a leaf that is not
@@ -225,7 +225,8 @@ def _taken_apart(name: str, leaf: Any) -> tuple[dict[str, Any], dict[str, np.nda
         parts["weight"] = codes
     if leaf.zero_point is not None:
         zero = _laid(np.asarray(leaf.zero_point), strategy, steps)
-        parts["weight_zero_point"] = _packed(zero.reshape(zero.shape[0], -1).T, leaf.bits).T if packed else zero
+        divided = packed and strategy != "tensor"
+        parts["weight_zero_point"] = _packed(zero.reshape(zero.shape[0], -1).T, leaf.bits).T if divided else zero
     inputs = None
     if leaf.activation_bits is not None:
         dynamic = leaf.input_scale is None

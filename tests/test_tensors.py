@@ -27,7 +27,7 @@ def tree(rng):
         ("^four/kernel", Affine(4, group=(0, 32))),
         ("zero/four", Affine(4, symmetric=False, activation_bits=8)),
         ("zero/eight", Affine(8, symmetric=False, axes=())),
-        ("two/kernel", Affine(2, axes=())),
+        ("two/kernel", Affine(2, axes=(), symmetric=False)),
         ("", None),
     ]
     small = jax.jit(lambda params: quantize.convert(params, rules))(params)
@@ -68,6 +68,8 @@ def test_the_layout_is_the_formats(tree, tmp_path):
     zero = np.asarray(tree["zero"]["four"]["kernel"].zero_point)[0]
     words = file["zero.four.weight_zero_point"]  # packed along the outputs
     assert words.shape == (2, 1) and (int(words[1, 0]) >> 8 & 15) - 8 == zero[10]
+    one = file["two.weight_zero_point"]  # of a tensor it is not packed
+    assert one.dtype == np.int8 and one.tolist() == np.asarray(tree["two"]["kernel"].zero_point).reshape(1).tolist()
     assert file["norm.scale"].dtype == np.float16
 
 
