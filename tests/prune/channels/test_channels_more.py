@@ -249,6 +249,7 @@ def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
     [
         lambda h: jnp.sqrt(jnp.abs(h)),
         lambda h: jnp.abs(h) ** 0.5,
+        lambda h: jnp.sqrt(jnp.abs(h)) ** jnp.arange(1, 9),
         lambda h: jnp.linalg.norm(jnp.stack([h, 2 * h], -1), axis=-1),
         lambda h: jnp.arctan2(h, 2 * h),
         lambda h: jnp.arccos(1 - jnp.abs(jnp.tanh(h))),
