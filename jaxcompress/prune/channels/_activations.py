@@ -24,7 +24,7 @@ from jaxcompress.prune.channels._trace import is_array, trace
 _STATISTICS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "mean": jnp.abs,
     "active": lambda x: x != 0,
-    "square": jnp.square,
+    "square": lambda x: jnp.real(x * jnp.conj(x)),
 }
 
 

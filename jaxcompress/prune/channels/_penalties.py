@@ -48,7 +48,8 @@ def group_lasso(groups: Groups, strength: Any) -> optax.GradientTransformation:
             raise ValueError(base.NO_PARAMS_MSG)
         slopes = jax.grad(lambda p: sum(jnp.sum(n) for n in unit_norms(groups, p).values()))(params)
         now = schedule(state.count)
-        updates = jax.tree.map(lambda u, s: u + (now * s).astype(u.dtype), updates, slopes)
+        # Of complex weights JAX's gradient is the conjugate of the direction that an optimizer is to take.
+        updates = jax.tree.map(lambda u, s: u + (now * jnp.conj(s)).astype(u.dtype), updates, slopes)
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -196,8 +197,9 @@ def unit_norms(groups: Groups, params: Any) -> dict[str, jax.Array]:
         for m in members or group.members:
             if m.path not in leaves or jnp.shape(leaves[m.path]) != m.shape:
                 raise ValueError(f"the groups are of another tree: want {m.path!r} of shape {m.shape}")
-            leaf = leaves[m.path].astype(jnp.float32)
-            rows = jnp.sum(jnp.square(leaf), axis=tuple(a for a in range(leaf.ndim) if a != m.axis))
+            leaf = leaves[m.path]
+            leaf = leaf if jnp.iscomplexobj(leaf) else leaf.astype(jnp.float32)
+            rows = jnp.sum(jnp.real(leaf * jnp.conj(leaf)), axis=tuple(a for a in range(leaf.ndim) if a != m.axis))
             squares = squares + jnp.sum(rows[np.asarray(m.index)], axis=1)
         is_zero = squares == 0
         norms[group.name] = jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squares)))

@@ -106,9 +106,13 @@ def _evaluated(call: Call, numbers: list[Any]) -> Any:
 
 
 def _is_steep(call: Call, numbers: list[Any]) -> bool:
-    key = (call.name, "slope", *((x.dtype, x.tobytes()) for x in numbers))
+    """Whether a derivative of the primitive, by an operand that is no constant, is not finite there."""
+    inputs = [i for i, x in enumerate(numbers) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    inputs = [i for i in inputs if _everywhere(call.inputs[i]) is None]
+    if not inputs:
+        return False
+    key = (call.name, "slope", *inputs, *((x.dtype, x.tobytes()) for x in numbers))
     if key not in _numbers:
-        inputs = [i for i, x in enumerate(call.inputs) if _everywhere(x) is None]
         with jax.ensure_compile_time_eval():
             slopes = jax.grad(lambda *x: jnp.real(call.primitive.bind(*x, **call.params)), inputs)(*numbers)
         _numbers[key] = not all(bool(jnp.isfinite(x)) for x in slopes)

@@ -5,6 +5,7 @@ shard, so that shards stay of one size; a unit then owns an index of each. An ax
 inside and outside. Every shard keeps the same indices, so what adds or moves whole shards leaves labels as they are.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxcompress.prune.channels._labels import Label
 from jaxcompress.prune.channels._rules_control import _finish, _handed
-from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, barrier, rule
+from jaxcompress.prune.channels._tape import RULES, Call, Step, Tracer, Value, barrier, rule
 
 _SHARDS = "cut into shards, of which each must keep the same"
 
@@ -92,9 +93,11 @@ def _staged_within(outer: Callable[..., Any], params: dict[str, Any]) -> Callabl
 
 @rule("psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast")
 def _over_shards(tracer: Tracer, call: Call) -> list[Value]:
-    if any(isinstance(axis, int) for axis in call.params.get("axes", ())):  # of the array, not of the mesh
+    axes = [axis for axis in call.params.get("axes", ()) if isinstance(axis, int)]
+    if axes:  # of the array, not of the mesh: what `vmap` makes of the axis that it gave a name
         call.run = _bound
-        return barrier(tracer, call)
+        like = RULES["reduce_sum" if call.name.startswith("psum") else "reduce_max"]
+        return like.label(tracer, dataclasses.replace(call, params={**call.params, "axes": tuple(axes)}))
     pairs = zip(call.avals, call.inputs, strict=True)
     return [tracer.value(aval, x.labels, x.zero) for aval, x in pairs]
 
@@ -173,4 +176,5 @@ def _repeated(label: Label, shards: int) -> Label:
 
 
 def _bound(runner: Any, step: Step, inputs: list[Any]) -> Sequence[Any]:
-    return step.primitive.bind(*inputs, **step.primitive.get_bind_params(step.params))
+    outs = step.primitive.bind(*inputs, **step.primitive.get_bind_params(step.params))
+    return outs if step.primitive.multiple_results else [outs]

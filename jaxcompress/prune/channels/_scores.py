@@ -40,9 +40,12 @@ def from_weights(groups: Groups, weights: Any, roles: Sequence[str] | None = ("o
       reduce: how the members' sums become one score: `sum`, `mean`, `max`, `prod`, `geometric` (mean), `first`.
 
     Raises:
-      ValueError: `weights` is no tree like the parameters, or a role or `reduce` is unknown.
+      ValueError: `weights` is no tree like the parameters, or its scores are complex; a role or `reduce` is unknown.
     """
     leaves = _leaves(groups, weights)
+    unreal = [path for path, leaf in leaves.items() if np.iscomplexobj(leaf)]
+    if unreal:
+        raise ValueError(f"scores are real numbers, those of {unreal[0]!r} are complex: take jnp.abs of them")
     scores = {}
     for group in groups:
         sums = [_of_member(m, leaves[m.path]).sum(axis=1) for m in _chosen(group, roles)]
@@ -98,8 +101,8 @@ def geometric_median(groups: Groups, params: Any, roles: Sequence[str] | None = 
     scores = {}
     for group in groups:
         rows = np.concatenate([_of_member(m, leaves[m.path]) for m in _chosen(group, roles)], axis=1)
-        squares = (rows**2).sum(axis=1)
-        apart = squares[:, None] + squares[None] - 2 * rows @ rows.T
+        squares = (np.abs(rows) ** 2).sum(axis=1)
+        apart = squares[:, None] + squares[None] - 2 * (rows @ rows.conj().T).real
         scores[group.name] = np.sqrt(np.maximum(apart, 0)).sum(axis=1)
     return scores
 
@@ -117,7 +120,7 @@ def taylor(groups: Groups, params: Any, gradients: Any, signed: bool = True) -> 
     """
     if not signed:
         return from_weights(groups, jax.tree.map(saliency, params, gradients), roles=None)
-    products = from_weights(groups, jax.tree.map(lambda w, g: w * g, params, gradients), roles=None)
+    products = from_weights(groups, jax.tree.map(lambda w, g: jnp.real(w * g), params, gradients), roles=None)
     return {name: np.abs(s) for name, s in products.items()}
 
 
@@ -129,7 +132,8 @@ def hessian(groups: Groups, params: Any, squared_gradients: Any) -> Scores:
       params: the parameters.
       squared_gradients: mean over examples of the squared gradient of each one's loss; a tree like `params`.
     """
-    return from_weights(groups, jax.tree.map(fisher, params, squared_gradients), roles=None)
+    scores = jax.tree.map(lambda w, f: fisher(jnp.abs(w), f), params, squared_gradients)
+    return from_weights(groups, scores, roles=None)
 
 
 def lamp(groups: Groups, params: Any, roles: Sequence[str] | None = ("out",)) -> Scores:
@@ -167,7 +171,7 @@ def _chosen(group: Group, roles: Sequence[str] | None) -> list[Member]:
 
 
 def _leaves(groups: Groups, tree: Any) -> dict[str, np.ndarray]:
-    """The leaves that groups are made of, as float64, checked."""
+    """The leaves that groups are made of, in double precision, checked."""
     found = dict(paths.named_leaves(tree))
     needed = {m.path: m.shape for group in groups for m in group.members}
     leaves = {}
@@ -175,7 +179,11 @@ def _leaves(groups: Groups, tree: Any) -> dict[str, np.ndarray]:
         if path not in found or tuple(np.shape(found[path])) != shape:
             has = f"shape {np.shape(found[path])}" if path in found else "nothing"
             raise ValueError(f"the groups are of another tree: {path!r} has {has}, want shape {shape}")
-        leaves[path] = np.asarray(jnp.asarray(found[path], jnp.float32), np.float64)
+        leaf = found[path]
+        if jnp.iscomplexobj(leaf):
+            leaves[path] = np.asarray(leaf, np.complex128)
+        else:
+            leaves[path] = np.asarray(jnp.asarray(leaf, jnp.float32), np.float64)
     return leaves
 
 

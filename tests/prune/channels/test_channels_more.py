@@ -249,6 +249,7 @@ def test_what_is_not_finite_where_a_unit_is_zero_is_inexact(place):
     [
         lambda h: jnp.sqrt(jnp.abs(h)),
         lambda h: jnp.abs(h) ** 0.5,
+        lambda h: jnp.sqrt(jnp.abs(h)) ** jnp.arange(1, 9),
         lambda h: jnp.linalg.norm(jnp.stack([h, 2 * h], -1), axis=-1),
         lambda h: jnp.arctan2(h, 2 * h),
         lambda h: jnp.arccos(1 - jnp.abs(jnp.tanh(h))),
@@ -312,3 +313,37 @@ def test_caches_written_and_read_at_a_place_an_example_keep_their_channels_free(
     assert [(g.name, g.size) for g in groups] == [("a[1]", 8)]
     plan = channels.from_units(groups, {"a[1]": [0, 3, 4]})
     assert channels.verify(fn, params, plan, x, places).ok
+
+
+def test_complex_weights_count_by_their_magnitudes():
+    rng = np.random.default_rng(0)
+    a, c = (rng.normal(size=s) * 0.1 + 1j * rng.normal(size=s) for s in [(5, 8), (8, 3)])
+    params = {"a": jnp.asarray(a, jnp.complex64), "c": jnp.asarray(c, jnp.complex64)}
+    x = batches(1)[0]
+
+    def fn(p, x):
+        return jnp.abs(x @ p["a"] @ p["c"])
+
+    (group,) = groups = channels.groups(fn, params, x)
+    found = {
+        "norm": (channels.norm(groups, params), np.abs(a).sum(0)),
+        "median": (channels.geometric_median(groups, params), [np.linalg.norm(a.T - row, axis=1).sum() for row in a.T]),
+        "square": (channels.activation(groups, fn, params, [x], "square"), (np.abs(x @ a) ** 2).mean(0)),
+        "units": (channels.unit_norms(groups, params), np.hypot(np.linalg.norm(a, axis=0), np.linalg.norm(c, axis=1))),
+        "hessian": (
+            channels.hessian(groups, params, jax.tree.map(lambda w: jnp.ones(w.shape), params)),
+            ((np.abs(a) ** 2).sum(0) + (np.abs(c) ** 2).sum(1)) / 2,
+        ),
+    }
+    total = jax.jit(lambda p: fn(p, x).sum())
+    only = [{"a": params["a"] * (np.arange(8) == i), "c": params["c"] * (np.arange(8) == i)[:, None]} for i in range(8)]
+    slopes = [abs(jax.jvp(total, (params,), (unit,))[1]) for unit in only]
+    found["taylor"] = (channels.taylor(groups, params, jax.grad(total)(params)), slopes)
+    for name, (scores, want) in found.items():
+        np.testing.assert_allclose(scores[group.name], want, rtol=1e-3, err_msg=name)
+    lasso = channels.group_lasso(groups, 1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = lasso.update(zeros, lasso.init(params), params)
+    np.testing.assert_allclose(updates["a"], a / found["units"][1], rtol=1e-4)
+    with pytest.raises(ValueError, match="scores are real numbers"):
+        channels.from_weights(groups, params)

@@ -303,3 +303,29 @@ def test_explicit_axes_are_told():
     with jax.set_mesh(explicit):
         (group,) = channels.groups(moved, params, X[0])
     assert (group.name, group.size) == ("a[1]", 8)
+
+
+def test_axes_that_vmap_gave_a_name_are_the_arrays_own():
+    """Batch normalisation over a named axis, members added up and compared: `vmap` makes them axes of the array."""
+    m = Maker()
+    params = {"a": m(5, 8), "s": m(8), "c": m(2, 3, 8, 4), "d": m(2, 3, 8, 4)}
+
+    def fn(p, x):
+        def normed(x):
+            h = x @ p["a"]
+            mean = lax.pmean(h.mean(0), "batch")
+            return jnp.tanh((h - mean) * lax.rsqrt(lax.pmean(jnp.square(h - mean).mean(0), "batch") + 1e-5) * p["s"])
+
+        def member(c, d):
+            return lax.psum(h @ c, ("inner", "outer")) + lax.pmax(lax.stop_gradient(h @ d), "inner")
+
+        h = jax.vmap(normed, axis_name="batch")(x)
+        of = jax.vmap(member, axis_name="inner", out_axes=None)
+        return jax.vmap(of, axis_name="outer")(p["c"], p["d"])[0]
+
+    groups = channels.groups(fn, params, X)
+    assert {g.name: g.size for g in groups} == {"a[1]": 8, "c[0]": 2, "c[1]": 3} and not groups.unknown
+    assert "'pmax' runs along it" in groups.frozen["d[1]"]
+    plan = channels.from_units(groups, {"a[1]": [0, 3, 7], "c[0]": [1], "c[1]": [0]})
+    found = channels.verify(fn, params, plan, X)
+    assert found.ok, found
