@@ -1,7 +1,7 @@
 """Weights of low rank: the product of two thin factors."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -89,6 +89,9 @@ class LowRank(Leaf):
         )
         order = (*stack, *left.axes, *right.axes)
         return jnp.transpose(stored, [order.index(axis) for axis in range(stored.ndim)])
+
+    def unshared(self, length: int) -> Any:
+        return super().unshared(length) if self.stacked else self.unstacked()  # a rank may be as large as a stack
 
     @property
     def stacked(self) -> int:

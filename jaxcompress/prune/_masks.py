@@ -78,7 +78,8 @@ def to_sparse(tree: Any, state: Any, stacked: paths.Rules[int] | None = None) ->
     Args:
       tree: concrete parameters, found by their paths as in `apply_masks`.
       state: the state of the optimizer that `sparsify` is a part of.
-      stacked: by path, how many leading axes stack layers (`nn.scan`); 0 where no rule matches.
+      stacked: by path, how many leading axes stack layers (`nn.scan`); 0 where no rule matches. A `scan` over a weight
+        that is not said to be stacked makes it dense.
 
     Returns:
       A tree to be run by `jaxcompress.arrays.compressed`; parameters without a mask are as they were.
