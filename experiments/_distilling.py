@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -25,12 +25,14 @@ from experiments._artefacts import load_plain, save_plain
 from experiments._command import UsageError
 from experiments._figures import bars
 from experiments._kept import kept, plain
+from experiments._lessons import PARAMS, Lesson, Loss, alike, guided, hard, jittered, logits_loss
 from experiments._pruning import curves
 from experiments._results import Row
 from experiments.data import Dataset, load
-from jaxcompress import distill, train
+from jaxcompress import train
 
 __all__ = [
+    "PARAMS",
     "Config",
     "Learner",
     "Lesson",
@@ -52,7 +54,6 @@ __all__ = [
 ]
 T = TypeVar("T")
 Variables = Mapping[str, Any]
-PARAMS = "params"
 TRIED = (
     "how far the teachers' images move, the students' widths, T and the length: by a trial of one seed on validation"
     " data, after a setting without moving images had shown no gain"
@@ -82,29 +83,6 @@ class Config:
     """Of each training."""
     rate: float = 1e-3
     """The largest learning rate of Adam, which falls to zero along a cosine."""
-
-
-class Lesson(NamedTuple):
-    """What a loss may look at beside the network: the batch, what a teacher said of it, and the arm's knobs."""
-
-    images: jax.Array
-    """`[batch, height, width, channels]`"""
-    labels: jax.Array
-    """`[batch]`"""
-    rows: Any
-    """The batch's rows of the tables that were handed in, such as a teacher's logits `[batch, classes]`."""
-    knobs: Any
-    """Handed in as they are: a temperature, a weight, a teacher's variables."""
-    key: jax.Array
-    step: jax.Array
-    places: jax.Array
-    """`[batch]`: where the images stand in the training data."""
-    extras: Any = None
-    """What goes from step to step, where a loss hands its lesson on."""
-
-
-Loss = Callable[[Any, Any, Lesson], tuple[jax.Array, Any]]
-"""`(params, extras, lesson) -> (loss, extras)`: a scalar, and batch statistics or what else goes along."""
 
 
 class Mlp(nn.Module):
@@ -308,65 +286,6 @@ class Learner:
 def strong(x: Any) -> jax.Array:
     """An array with a dtype of its own, so that 4 and 4.0 share a compiled program."""
     return jnp.asarray(x, jnp.float32) if isinstance(x, int | float) else jnp.asarray(x)
-
-
-def logits_loss(
-    model: nn.Module,
-    loss: Callable[[jax.Array, Lesson], jax.Array],
-    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> Loss:
-    """A `Loss` of a model's logits `[batch, classes]`.
-
-    Args:
-      model: the network.
-      loss: from logits and the lesson to one value an example.
-      augment: from images and a key to changed images; the loss sees those in its lesson.
-    """
-
-    def of_params(params: Any, extras: Any, lesson: Lesson) -> tuple[jax.Array, Any]:
-        if augment is not None:
-            lesson = lesson._replace(images=augment(lesson.images, jax.random.fold_in(lesson.key, 1)))
-        logits, extras = model.apply(
-            {PARAMS: params, **extras}, lesson.images, train=True, rngs={"dropout": lesson.key}, mutable=list(extras)
-        )
-        return jnp.mean(loss(logits, lesson)), extras
-
-    return of_params
-
-
-def hard(logits: jax.Array, lesson: Lesson) -> jax.Array:
-    """Cross entropy with the labels."""
-    return distill.hard_label_loss(logits, lesson.labels)
-
-
-def guided(logits: jax.Array, lesson: Lesson) -> jax.Array:
-    """Soft targets with weight `alpha`, labels with the rest; `rows` are the teacher's logits. Alpha 0 is `hard`."""
-    alpha, temperature = lesson.knobs["alpha"], lesson.knobs["temperature"]
-    return distill.distillation_loss(logits, lesson.rows, lesson.labels, alpha=alpha, temperature=temperature)
-
-
-def alike(probabilities: jax.Array, labels: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Soft targets `[examples, classes]` of class similarity alone, as sure on average as a teacher (Tang et al. 2020).
-
-    Args:
-      probabilities: the teacher's, `[examples, classes]`.
-      labels: `[examples]`.
-      kernel: of the teacher's last layer, `[features, classes]`.
-    """
-    sure = float(jnp.take_along_axis(probabilities, labels[:, None], axis=1).mean())
-    return distill.class_similarity_teacher(kernel, labels, sharpness=1 / 0.3, confidence=sure)
-
-
-def jittered(by: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Moves each image by up to `by` pixels each way, zeros moving in."""
-
-    def augment(images: jax.Array, key: jax.Array) -> jax.Array:
-        padded = jnp.pad(images, ((0, 0), (by, by), (by, by), (0, 0)))
-        starts = jax.random.randint(key, (images.shape[0], 2), 0, 2 * by + 1)
-        cut = jax.vmap(lambda image, start: jax.lax.dynamic_slice(image, (*start, 0), images.shape[1:]))
-        return cut(padded, starts)
-
-    return augment
 
 
 def named(*parts: str) -> str:

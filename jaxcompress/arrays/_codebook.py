@@ -106,7 +106,7 @@ class Codebook(Leaf):
         return unpack_indices(self.indices, self.bits, self.length)
 
     def unshared(self, length: int) -> Any:
-        return self.materialise() if self.ndim == 1 else super().unshared(length)  # a step's part is no byte of several
+        return super().unshared(length) if self.ndim > 1 else self.unstacked()
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: the indices of a byte."""

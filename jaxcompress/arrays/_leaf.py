@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jax import export
+from jax import export, lax
 from jax.extend.core import Primitive
 
 Hit = tuple[str, str, str]
@@ -126,12 +126,27 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
         return _meet_dense(primitive, values, params)
 
     def unshared(self, length: int) -> Any:
-        """What stands for the leaf where `scan` slices it in `length` steps: each gets a copy of what they share."""
+        """What stands for the leaf where `scan` slices it in `length` steps: each gets a copy of what they share.
+
+        A leaf that was not made as a stack has children that no step has a part of; its dense value is sliced.
+        """
+        if any(child.shape[:1] not in ((1,), (length,)) for child in jax.tree.leaves(self)):
+            return self.unstacked()
 
         def spread(child: jax.Array) -> jax.Array:
             return jnp.broadcast_to(child, (length, *child.shape[1:])) if child.shape[:1] == (1,) else child
 
         return jax.tree.map(spread, self)
+
+    def unstacked(self) -> Any:
+        """The dense value, where `scan` would slice a leaf that is not made as a stack; an error if it is strict."""
+        if self.strict:
+            raise MadeDenseError(
+                f"a {type(self).__name__} weight of shape {self.shape} would be made dense by `scan`, which slices its "
+                f"first axis: it was not made as a stack of layers (see `stacked` where it was made)"
+            )
+        _record(lax.scan_p, [self], "dense")
+        return self.materialise()
 
     def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The leaf taken apart: (children by name, absent ones left out; static fields by name)."""

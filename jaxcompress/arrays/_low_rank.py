@@ -9,7 +9,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array
 
-from jaxcompress.arrays._leaf import Leaf, dense, made_dense
+from jaxcompress.arrays._leaf import Leaf, dense
 
 Factor = Array | Leaf
 
@@ -91,11 +91,7 @@ class LowRank(Leaf):
         return jnp.transpose(stored, [order.index(axis) for axis in range(stored.ndim)])
 
     def unshared(self, length: int) -> Any:
-        """Each step's factors; where `scan` slices a weight that is no stack, its dense value."""
-        if self.stacked:
-            return super().unshared(length)
-        made_dense(lax.scan_p, [self])
-        return self.materialise()
+        return super().unshared(length) if self.stacked else self.unstacked()  # a rank may be as large as a stack
 
     @property
     def stacked(self) -> int:

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jaxtyping import Array
 
 from jaxcompress.arrays._compressed import compressed
-from jaxcompress.arrays._leaf import Leaf, is_leaf, made_dense, register
+from jaxcompress.arrays._leaf import Leaf, made_dense, register
 from jaxcompress.arrays._products import Dims, register_product
 
 AtOnce = Callable[[Any, tuple[int, ...]], Leaf]
@@ -54,8 +54,7 @@ class Moved(Leaf):
         return self.materialise() if at_once is None else at_once(self.weight, self.permutation)
 
     def unshared(self, length: int) -> Any:
-        done = self.done()
-        return done.unshared(length) if is_leaf(done) else done
+        return self.done().unshared(length) if type(self.weight) in _at_once else self.unstacked()
 
     @staticmethod
     def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -197,9 +197,8 @@ class Quantized(Leaf):
 
     def unshared(self, length: int) -> Any:
         packed, grouped = self.length is not None and self.ndim == 1, self.group and self.group[0] == -self.ndim
-        if packed or grouped or (self.turned and self.ndim == 2):  # a step's part of it is no such leaf
-            return self.materialise()
-        return super().unshared(length)
+        part = not packed and not grouped and not (self.turned and self.ndim == 2)  # whether a step's is such a leaf
+        return super().unshared(length) if part else self.unstacked()
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""

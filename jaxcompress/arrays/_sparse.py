@@ -63,8 +63,7 @@ class Sparse(Leaf):
         return self.decode(unpack_bits(self.mask, self.length), self.row_starts())[0]
 
     def unshared(self, length: int) -> Any:
-        # one weight's values have no axis of rows
-        return self.materialise() if self.values.ndim == 1 else super().unshared(length)
+        return super().unshared(length) if self.values.ndim > 1 else self.unstacked()  # as many values as a stack
 
     def row_starts(self) -> Int[Array, "*rows"]:
         """Where, among all values laid flat, each row of the mask begins."""

@@ -78,7 +78,8 @@ def to_sparse(tree: Any, state: Any, stacked: paths.Rules[int] | None = None) ->
     Args:
       tree: concrete parameters, found by their paths as in `apply_masks`.
       state: the state of the optimizer that `sparsify` is a part of.
-      stacked: by path, how many leading axes stack layers (`nn.scan`); 0 where no rule matches.
+      stacked: by path, how many leading axes stack layers (`nn.scan`); 0 where no rule matches. A `scan` over a weight
+        that is not said to be stacked makes it dense.
 
     Returns:
       A tree to be run by `jaxcompress.arrays.compressed`; parameters without a mask are as they were.
@@ -130,7 +131,9 @@ def _threshold(leaves: list[jax.Array], k: jax.Array, score: Score, dtype: jnp.d
 def sparsity(tree: Any) -> dict[str, float]:
     """The part of zeros in each leaf of `tree`, by path; the key `""` has that of all leaves together.
 
-    Works on parameters (zeros counted) and on masks (False counted). Reads concrete values.
+    Works on parameters (zeros counted) and on masks (False counted). Of compressed leaves it counts in the arrays that
+    they hold, a low-rank weight's factors, say; `report.nonzeros` counts in those that they stand for. Reads concrete
+    values.
     """
     counts = {name: (int(jnp.sum(x == 0, dtype=jnp.uint32)), np.size(x)) for name, x in paths.named_leaves(tree)}
     zeros, size = (sum(numbers) for numbers in zip(*counts.values(), strict=True)) if counts else (0, 0)

@@ -26,7 +26,7 @@ def correct_biases(fn: Callable[[Any, Any], Any], params: Any, small: Any, batch
 
     Args:
       fn: `fn(params, batch)`, the model.
-      params: its parameters in float.
+      params: its parameters in float, thin factors (`factorize`) among them or not.
       small: the same tree with compressed weights, as `convert`, `static` or `gptq` made it.
       batches: calibration data, batches of one size.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
-from jaxcompress.arrays import is_leaf
+from jaxcompress.arrays import dense, is_leaf
 from jaxcompress.paths import named_leaves
 
 _INLINE = {"jit", "pjit", "closed_call", "core_call"}
@@ -101,16 +101,17 @@ def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, 
 
     On its way there it may be cast and transposed, to either side of the product. Only what is affine in the product,
     channel by channel, with parameters that are used nowhere else, counts; the chain ends before anything else. Kernels
-    inside `scan` and `cond` are not found.
+    inside `scan` and `cond` are not found, nor are compressed ones.
     """
-    names = [name for name, _ in named_leaves(params, is_leaf)]
-    leaves = [x for _, x in named_leaves(params, is_leaf)]
-    operations, outputs = flattened(fn, params, batch, len(leaves))
+    named = named_leaves(params, is_leaf)
+    names, leaves = [name for name, _ in named], [dense(x) for _, x in named]
+    # dense, for a compressed leaf is several arguments of the trace, and those behind it would have others' names
+    operations, outputs = flattened(fn, dense(params), batch, len(leaves))
     uses, users = used(operations, outputs)
     found: dict[str, Chain] = {}
     for operation in operations:
         met = kernel_of(operation)
-        if met is None or met.kernel.leaf is None or not used_once(met, uses):
+        if met is None or met.kernel.leaf is None or is_leaf(named[met.kernel.leaf][1]) or not used_once(met, uses):
             continue
         parts, path = _shortened(_follow(operation.results[0], uses, users), uses)
         chain = _chain(path, operation.results[0], met, parts, names, leaves)

@@ -11,7 +11,7 @@ from jax import lax
 from leaves import low_rank, quantized, sparse
 
 from jaxcompress import features, quantize
-from jaxcompress.arrays import compressed, dense, watch
+from jaxcompress.arrays import MadeDenseError, compressed, dense, watch
 
 
 @jax.custom_vjp
@@ -122,6 +122,17 @@ def test_stacked_layers(w, rng):
     np.testing.assert_allclose(out, in_stacked_scan(x, dense(w)), rtol=1e-5, atol=1e-5)
     each = jax.vmap(compressed(lambda w, x: x @ w, strict=True), in_axes=(0, None))(w, x)
     np.testing.assert_allclose(each, x @ dense(w), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("w", [sparse((3, 8, 8)), low_rank((3, 8, 8))], ids=["sparse", "low rank of rank 3"])
+def test_what_is_not_made_as_a_stack_is_sliced_dense(w, rng):
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    with watch() as hits:
+        out = compressed(in_stacked_scan)(x, w)
+    assert hits == {(type(w).__name__, "scan", "dense"): 1}
+    np.testing.assert_allclose(out, in_stacked_scan(x, dense(w)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(MadeDenseError, match="stack of layers"):
+        compressed(in_stacked_scan, strict=True)(x, w)
 
 
 @pytest.mark.parametrize("scheme", [quantize.Affine(4, symmetric=False), quantize.KMeans(4)], ids=["int4", "codebook"])

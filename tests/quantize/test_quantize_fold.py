@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jaxcompress.nnx
-from jaxcompress import quantize
+from jaxcompress import factorize, quantize
 from jaxcompress.arrays import compressed, dense
 from jaxcompress.quantize import Affine
 
@@ -237,6 +237,28 @@ def test_bias_correction_of_convolutions_and_norms(rng):
     wanted, got, uncorrected = (np.mean(compressed(first)(tree, x), axis=(0, 1, 2)) for tree in (variables, out, small))
     np.testing.assert_allclose(got, wanted, atol=1e-4)
     assert np.max(np.abs(uncorrected - wanted)) > 1e-2
+
+
+def test_what_is_compressed_already_stays(rng):
+    """A compressed leaf is several arrays: those behind it in the tree are still found by their own names."""
+
+    def fn(p, x):
+        y = (jax.nn.relu(x @ p["a"]) @ p["b"] + p["bias"]) * p["scale"]
+        return jax.nn.relu(y) @ p["c"] + p["d"]
+
+    shapes = {"a": (6, 8), "b": (8, 7), "bias": (7,), "c": (7, 3), "d": (3,), "scale": (7,)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(20, 6)), jnp.float32)
+    part = factorize.convert(params, {"^a$": factorize.Svd(rank=2)})
+    folded, wanted = quantize.fold(fn, part, x), quantize.fold(fn, dense(part), x)
+    assert type(folded["a"]) is type(part["a"])
+    np.testing.assert_array_equal(folded["b"], wanted["b"])
+    small = quantize.convert(part, {"^[bc]$": Affine(2)})
+    corrected = quantize.correct_biases(fn, part, small, [x])
+    wanted = quantize.correct_biases(fn, dense(part), {**small, "a": dense(part["a"])}, [x])
+    for name in ("bias", "d"):
+        np.testing.assert_allclose(corrected[name], wanted[name], atol=1e-6)
+        assert np.any(np.asarray(corrected[name]) != small[name])
 
 
 def test_bias_correction_refuses(rng):
