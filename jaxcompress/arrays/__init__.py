@@ -21,6 +21,7 @@ from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._inputs import quantize_input
 from jaxcompress.arrays._leaf import Leaf, MadeDenseError, Otherwise, dense, is_leaf, nbytes, register, watch
 from jaxcompress.arrays._low_rank import LowRank
+from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import Dims, register_product
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
@@ -38,6 +39,7 @@ __all__ = [
     "dense",
     "is_leaf",
     "nbytes",
+    "put_off_transposes",
     "quantize_input",
     "register",
     "register_product",

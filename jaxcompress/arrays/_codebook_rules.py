@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays._codebook import FUSED, Codebook, look_up
 from jaxcompress.arrays._gpu import FEW, LEAST, by_sums, has_rows
 from jaxcompress.arrays._leaf import register
-from jaxcompress.arrays._moved import put_off
+from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import (
     Dims,
     by_columns,
@@ -85,7 +85,7 @@ def _transposed(w: Codebook, permutation: tuple[int, ...]) -> Codebook:
     return _unpacked(w, jnp.transpose(w.codes(), permutation), jnp.transpose(w.centroids, (*permutation, w.ndim)))
 
 
-put_off(Codebook, _transposed)
+put_off_transposes(Codebook, _transposed)
 
 
 @register(lax.reshape_p)

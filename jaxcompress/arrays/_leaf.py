@@ -68,8 +68,9 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
     * every child carries the leading (stacked) axes in full; what all layers share (a scale of length 1 there) `scan`
       is given once for each, by `unshared`.
 
-    To add a leaf: subclass, give `aval` and `materialise`, `register` the dispatch rules that beat the dense value, and
-    it can be jitted, sharded, checkpointed, packed, exported, counted and reported. A whole one, of square blocks:
+    To add a leaf: subclass, give `aval` and `materialise`, `register` the dispatch rules that beat the dense value
+    (after `put_off_transposes` products are asked of `x @ w.T` too), and it can be jitted, sharded, checkpointed,
+    packed, exported, counted and reported. A whole one, of square blocks:
 
         class Blocks(Leaf):
             blocks: jax.Array  # [..., n, size, size] stands for [..., n * size, n * size]

@@ -64,10 +64,12 @@ class Moved(Leaf):
         return compressed(functools.partial(primitive.bind, **params))(*done)
 
 
-def put_off(leaf: type[Leaf], at_once: AtOnce | None = None) -> None:
-    """A transpose of `leaf` waits until a product takes it in its dimension numbers.
+def put_off_transposes(leaf: type[Leaf], at_once: AtOnce | None = None) -> None:
+    """Lets transposes of a class of leaves wait until a product takes them in its dimension numbers.
 
-    Where something else meets the weight `at_once` lays it out anew; without, it becomes dense there.
+    Args:
+      leaf: the class.
+      at_once: lays a leaf out anew where something else meets it; without, it becomes dense there.
     """
     if at_once is not None:
         _at_once[leaf] = at_once

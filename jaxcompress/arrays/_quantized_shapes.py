@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._inputs import reshaped_input
 from jaxcompress.arrays._leaf import register
-from jaxcompress.arrays._moved import put_off
+from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import block_map, constrain_like, is_float
 from jaxcompress.arrays._quantized import Quantized
 
@@ -62,7 +62,7 @@ def _transposed(w: Quantized, permutation: tuple[int, ...]) -> Quantized:
     return _rearranged(w, lambda x: jnp.transpose(x, permutation), group)
 
 
-put_off(Quantized, _transposed)
+put_off_transposes(Quantized, _transposed)
 
 
 @register(lax.rev_p)

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import register
-from jaxcompress.arrays._moved import put_off
+from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, register_product
 from jaxcompress.arrays._sparse import Sparse, scan_tiles
 
@@ -105,7 +105,7 @@ def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
     return jnp.moveaxis(rows, -1, axis)
 
 
-put_off(Sparse)
+put_off_transposes(Sparse)
 
 
 @register(lax.reshape_p)

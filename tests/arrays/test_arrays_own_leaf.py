@@ -36,6 +36,14 @@ def test_the_docstrings_leaf_runs_saves_and_exports(rng, tmp_path):
     run = arrays.compressed(model)  # the transpose has no rule: dense
     np.testing.assert_allclose(run(small, x), expected, rtol=1e-4, atol=1e-4)
 
+    arrays.put_off_transposes(
+        names["Blocks"]
+    )  # now it has; the product's takes the first axis alone
+    with arrays.watch() as hits:
+        np.testing.assert_allclose(run(small, x), expected, rtol=1e-4, atol=1e-4)
+    met = {("transpose", "rule"): 1, ("dot_general", "rule"): 1, ("dot_general", "dense"): 1}
+    assert hits == {("Blocks", *how): n for how, n in met.items()}
+
     gradient = jax.grad(lambda p: run(p, x).sum())(small)["kernel"].blocks
     of_whole = jax.grad(lambda p: model(p, x).sum())({"kernel": whole})["kernel"]
     np.testing.assert_allclose(gradient[1], of_whole[4:8, 4:8], rtol=1e-4, atol=1e-4)
