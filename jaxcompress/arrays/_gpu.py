@@ -12,9 +12,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, UInt8
 
-from jaxcompress.arrays._products import Dims, compute_dtype
+from jaxcompress.arrays._products import Dims, compute_dtype, derived_from
 
 W = TypeVar("W")
 
@@ -27,6 +28,26 @@ def has_rows(x: Array, most: int, dims: Dims) -> bool:
     """Whether `x` is known to have at most `most` rows, and none of them is divided by an explicit mesh."""
     rows = dims.rows(x)  # under jax.export it may be a symbol
     return isinstance(rows, int) and 0 < rows <= most and not jax.typeof(x).sharding.mesh.explicit_axes
+
+
+def for_few_rows(product: Callable[[Array, W], Array], sums: Callable[[Array, W], Array], x: Array, w: W) -> Array:
+    """`sums(x, w)`, which is `product(x, w)` by `by_sums`, with the derivatives of `product`.
+
+    Where vmap hands in many rows for one weight it is the product itself.
+    """
+    structure = jax.tree.structure(w)
+
+    @custom_vmap
+    def fast(x: Array, *children: Array) -> Array:
+        return sums(x, jax.tree.unflatten(structure, children))
+
+    @fast.def_vmap
+    def _batched(size: int, batched: Sequence[bool], x: Array, *children: Array) -> tuple[Array, bool]:
+        way = sums if any(batched[1:]) else product
+        axes = [0 if has else None for has in batched]
+        return jax.vmap(lambda x, *children: way(x, jax.tree.unflatten(structure, children)), axes)(x, *children), True
+
+    return derived_from(product, lambda x, w: fast(x, *jax.tree.leaves(w)), x, w)
 
 
 def by_sums(decode: Callable[[W], Array], x: Array, w: W, dims: Dims) -> Array:

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
-from jaxcompress.arrays._gpu import LEAST, by_sums, has_rows
+from jaxcompress.arrays._gpu import LEAST, by_sums, for_few_rows, has_rows
 from jaxcompress.arrays._integers import beats_bytes, exact, multiply_integers
 from jaxcompress.arrays._lanes import LARGE
 from jaxcompress.arrays._leaf import Otherwise
@@ -120,8 +120,8 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
             return part_by_part(at_once, codes, w, dims, w.group[0] + w.ndim, w.group[1])
 
         if has_rows(codes, 1, dims):  # XLA:GPU writes such products of one row out
-            on_gpu = functools.partial(doubled, product, dims=dims)
-            sums = lax.platform_dependent(codes, cuda=on_gpu, default=product)
+            twice = functools.partial(doubled, product, dims=dims)
+            sums = lax.platform_dependent(codes, cuda=twice, default=product)
         else:
             sums = product(codes)
         return sums * _along_weight(step, dims, w.ndim)
@@ -167,7 +167,9 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
         if params.get("out_sharding") is not None or not has_rows(codes, 1, dims):
             return anywhere(codes)
         # XLA:GPU writes a product of one row as such sums itself, and fails to where codes are int4
-        return lax.platform_dependent(codes, cuda=lambda codes: by_sums(_integers, codes, w, dims), default=anywhere)
+        sums = functools.partial(by_sums, _integers, dims=dims)
+        one_row = functools.partial(for_few_rows, lambda codes, w: anywhere(codes), sums, w=w)
+        return lax.platform_dependent(codes, cuda=one_row, default=anywhere)
 
     def anywhere(codes: Array) -> Array:
         def whole() -> Array:

@@ -144,6 +144,28 @@ def test_convolutions_of_integers(bits, zero_point, rng):
 
 
 @pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("name", ["int8, zero point", "int4, groups, zero point", "int4, integers", "nf4", "k-means"])
+def test_rows_that_vmap_hands_in_one_by_one_are_a_product(name, rng):
+    """As sums each of them would read the whole weight again."""
+    rows = 64
+    w = SCHEMES[name].convert(jnp.asarray(rng.normal(size=(128, 128)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(rows, 128)), jnp.float32)
+    each = jax.jit(jax.vmap(compressed(jnp.matmul), (0, None)))
+    wanted = compressed(jnp.matmul)(x, w)
+    np.testing.assert_allclose(each(x, w), wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
+    flops = each.lower(x, w).compile().cost_analysis()["flops"]
+    assert flops < 4 * 2 * rows * 128 * 128
+    temp = each.lower(x, w).compile().memory_analysis().temp_size_in_bytes
+    assert temp < rows * 128 * 128
+    stack = jax.tree.map(lambda child: jnp.stack([child] * rows), w)  # and an own weight for each
+    np.testing.assert_allclose(jax.vmap(compressed(jnp.matmul))(x, stack), each(x, w), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(lambda x: jnp.sum(compressed(jnp.matmul)(x, w))))(x),
+        jnp.broadcast_to(dense(w).sum(1), x.shape), rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("platform")
 def test_many_rows_of_integers_in_groups_keep_no_product_a_group():
     w = Affine(4, group=(0, 8), activation_bits=8).convert(jnp.ones((512, 64)))
     x = jax.ShapeDtypeStruct((256, 512), jnp.float32)

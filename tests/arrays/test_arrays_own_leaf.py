@@ -36,9 +36,7 @@ def test_the_docstrings_leaf_runs_saves_and_exports(rng, tmp_path):
     run = arrays.compressed(model)  # the transpose has no rule: dense
     np.testing.assert_allclose(run(small, x), expected, rtol=1e-4, atol=1e-4)
 
-    arrays.put_off_transposes(
-        names["Blocks"]
-    )  # now it has; the product's takes the first axis alone
+    arrays.put_off_transposes(names["Blocks"])  # now it has; the product's takes the first axis alone
     with arrays.watch() as hits:
         np.testing.assert_allclose(run(small, x), expected, rtol=1e-4, atol=1e-4)
     met = {("transpose", "rule"): 1, ("dot_general", "rule"): 1, ("dot_general", "dense"): 1}
