@@ -59,7 +59,7 @@ class Met:
     own: tuple[int, ...]
     """The same axes of the result, in their order there."""
     between: tuple[Operation, ...]
-    """What casts or transposes the kernel on its way."""
+    """What casts, transposes or flips the kernel on its way."""
     side: int
     """Of the operands, which comes of the kernel."""
 
@@ -115,6 +115,10 @@ def chains(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> dict[str, 
             continue
         parts, path = _shortened(_follow(operation.results[0], uses, users), uses)
         chain = _chain(path, operation.results[0], met, parts, names, leaves)
+        while chain is None and path:  # up to what is not channel by channel, or sums another way
+            path = path[:-1]
+            parts = _parameters(path)
+            chain = _chain(path, operation.results[0], met, parts, names, leaves)
         if chain is not None:
             found[names[met.kernel.leaf]] = chain
     return found
@@ -169,7 +173,7 @@ def flattened(
 
 
 def kernel_of(operation: Operation) -> Met | None:
-    """The kernel of a product, traced back to before it was cast or transposed."""
+    """The kernel of a product, traced back to before it was cast, transposed or flipped."""
     if len(operation.inputs) != 2:
         return None
     left, right = operation.inputs
@@ -188,7 +192,9 @@ def kernel_of(operation: Operation) -> Met | None:
 
 def _met(operation: Operation, side: int, axes: tuple[int, ...], own: tuple[int, ...]) -> Met:
     kernel, between = operation.inputs[side], list[Operation]()
-    while kernel.operation is not None and kernel.operation.name in ("convert_element_type", "transpose"):
+    while kernel.operation is not None and kernel.operation.name in ("convert_element_type", "transpose", "rev"):
+        if set(kernel.operation.eqn.params.get("dimensions", ())) & set(axes):
+            break  # its outputs are reversed
         between.insert(0, kernel.operation)
         if kernel.operation.name == "transpose":
             axes = tuple(kernel.operation.eqn.params["permutation"][axis] for axis in axes)
@@ -239,12 +245,16 @@ def of_params(values: Sequence[Value]) -> list[Value]:
     return list(found.values())
 
 
+def _parameters(path: list[tuple[Operation, Value]]) -> list[Value]:
+    return of_params([x for step, _ in path for x in step.inputs if x.settled])
+
+
 def _shortened(
     path: list[tuple[Operation, Value]], uses: Counter[int]
 ) -> tuple[list[Value], list[tuple[Operation, Value]]]:
     """The chain up to where a parameter comes in that is used elsewhere too."""
     for end in range(len(path), -1, -1):
-        parts = of_params([x for step, _ in path[:end] for x in step.inputs if x.settled])
+        parts = _parameters(path[:end])
         if all(uses[id(x)] == 1 for x in parts):
             return parts, path[:end]
     return [], []

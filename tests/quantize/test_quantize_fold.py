@@ -184,6 +184,30 @@ def test_what_is_added_to_places_is_no_bias(rng):
         quantize.correct_biases(lambda p, x: x @ p["w"] + p["places"][:, None], params, small, [x])
 
 
+@pytest.mark.parametrize("gain", ["channels", "one number"])
+def test_a_flipped_kernel_with_a_scale_behind_the_norms_shift(gain, rng):
+    """As `ConvTranspose` with `transpose_kernel`, and a scale of the layer; fake quantization folds both as well."""
+
+    def model(p, x):
+        numbers = ("NWC", "WIO", "NWC")
+        y = jax.lax.conv_transpose(x, p["w"], (2,), "SAME", dimension_numbers=numbers, transpose_kernel=True)
+        y = (y + p["b"] - p["mean"]) * (jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]) + p["shift"]
+        return jnp.tanh(y * p["gain"])
+
+    params = {name: rng.normal(size=6) for name in ("b", "mean", "scale", "shift")}
+    params |= {"w": rng.normal(size=(3, 6, 4)), "var": rng.uniform(0.3, 3, 6)}
+    params["gain"] = rng.uniform(0.5, 2, 6 if gain == "channels" else 1)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    x = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
+    out = quantize.fold(model, params, x)
+    np.testing.assert_allclose(model(out, x), model(params, x), rtol=1e-4, atol=1e-5)
+    factor = params["scale"] / np.sqrt(params["var"] + 1e-5) * (params["gain"] if gain == "channels" else 1)
+    np.testing.assert_allclose(out["w"], params["w"] * factor[:, None], rtol=1e-4)
+    rules = {"^w$": Affine(4, axes=())}
+    trained = quantize.fake(model, rules, fold=True)(params, x)
+    np.testing.assert_allclose(trained, compressed(model)(quantize.convert(out, rules), x), rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_to_fold(rng):
     model, x = Net(), jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
