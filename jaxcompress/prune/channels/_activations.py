@@ -17,7 +17,7 @@ import numpy as np
 from jaxcompress.prune.channels._groups import Groups
 from jaxcompress.prune.channels._rules_product import product_axes
 from jaxcompress.prune.channels._run import Runner
-from jaxcompress.prune.channels._scores import Scores
+from jaxcompress.prune.channels._scores import Scores, owned
 from jaxcompress.prune.channels._tape import Step, Tape
 from jaxcompress.prune.channels._trace import is_array, trace
 
@@ -47,10 +47,12 @@ def activation(
       not in it.
 
     Raises:
-      ValueError: no batches; an unknown statistic; activations behind `stop_gradient`, which give no cotangent.
+      ValueError: no batches; an unknown statistic; parameters of another tree; activations behind
+        `stop_gradient`, which give no cotangent.
     """
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic must be one of {', '.join(_STATISTICS)}, got {statistic!r}")
+    owned(groups, params)
     steps: dict[Any, Any] = {}  # by the shapes of a batch
     sums: dict[tuple[str, int], Any] = {}
     for batch in batches:

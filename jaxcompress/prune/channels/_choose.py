@@ -182,5 +182,9 @@ def _normalized(s: np.ndarray, how: str) -> np.ndarray:
 
 
 def _in_range(what: str, ratio: float) -> None:
+    if isinstance(ratio, str) or ratio is None:
+        raise TypeError(
+            f"{what} must be a number in [0, 1), got {ratio!r}: what no rule matches stays whole, and so does 0"
+        )
     if not 0 <= ratio < 1:
         raise ValueError(f"{what} must be in [0, 1), got {ratio}: a ratio of 1 would empty every layer")

@@ -22,7 +22,12 @@ def flops(groups: Groups, plan: Plan | None = None) -> int:
     Args:
       groups: of the function.
       plan: what stays; without one, everything.
+
+    Raises:
+      ValueError: the plan is of another function's groups.
     """
+    if plan is not None and dict(plan.shapes) != dict(groups.shapes):
+        raise ValueError("the plan is of other groups: make it from those whose operations are counted")
     atoms = groups.traced.tracer.atoms
     dropped = np.zeros(atoms.count, bool) if plan is None else dropped_atoms(groups.traced, plan)
     return _of_tape(Runner(groups.traced.tracer, dropped), groups.traced.tape)

@@ -194,7 +194,7 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
 
     Raises:
       ValueError: a name that is no group, a number that is no unit, or a parameter's axis would become empty.
-      TypeError: a mask in place of numbers.
+      TypeError: a mask, or what are no whole numbers, in place of units.
     """
     stays: dict[tuple[str, int], np.ndarray] = {}
     widths = {}
@@ -206,6 +206,8 @@ def from_units(groups: Groups, dropped: Mapping[str, np.ndarray]) -> Plan:
         units = np.asarray(dropped.get(group.name, ()))
         if units.dtype == bool:
             raise TypeError(f"units are given by number: of a mask of {group.name!r} take np.flatnonzero")
+        if units.size and not np.issubdtype(units.dtype, np.integer):
+            raise TypeError(f"units are given by number, as whole numbers; those of {group.name!r} are {units.dtype}")
         gone = np.unique(units.astype(np.int64))
         if gone.size and (gone[0] < 0 or gone[-1] >= group.size):
             raise ValueError(f"group {group.name!r} has units 0 to {group.size - 1}, got {gone[0]} to {gone[-1]}")

@@ -170,16 +170,21 @@ def _chosen(group: Group, roles: Sequence[str] | None) -> list[Member]:
     return found or list(group.members)
 
 
-def _leaves(groups: Groups, tree: Any) -> dict[str, np.ndarray]:
-    """The leaves that groups are made of, in double precision, checked."""
+def owned(groups: Groups, tree: Any) -> dict[str, Any]:
+    """The leaves that groups are made of; raises ValueError if they are of another tree."""
     found = dict(paths.named_leaves(tree))
     needed = {m.path: m.shape for group in groups for m in group.members}
-    leaves = {}
     for path, shape in needed.items():
         if path not in found or tuple(np.shape(found[path])) != shape:
             has = f"shape {np.shape(found[path])}" if path in found else "nothing"
             raise ValueError(f"the groups are of another tree: {path!r} has {has}, want shape {shape}")
-        leaf = found[path]
+    return {path: found[path] for path in needed}
+
+
+def _leaves(groups: Groups, tree: Any) -> dict[str, np.ndarray]:
+    """The leaves that groups are made of, in double precision, checked."""
+    leaves = {}
+    for path, leaf in owned(groups, tree).items():
         if jnp.iscomplexobj(leaf):
             leaves[path] = np.asarray(leaf, np.complex128)
         else:

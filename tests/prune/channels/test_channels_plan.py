@@ -289,6 +289,10 @@ def test_errors_say_what_is_wrong():
         (lambda: channels.plan(groups, scores, 0.5, scope="global", normalize="sum"), "normalize must be"),
         (lambda: channels.plan(groups, scores["w1[1]"], 0.5), "scores are a dict"),
         (lambda: channels.from_units(groups, {"w1[1]": np.arange(8) < 4}), "np.flatnonzero"),
+        (lambda: channels.from_units(groups, {"w1[1]": [0.5]}), "whole numbers"),
+        (lambda: channels.flops(channels.groups(channels.shrink(dense, params, plan), small, x), plan), "other groups"),
+        (lambda: channels.plan(groups, scores, {"w1": None}), "ratio must be a number"),
+        (lambda: channels.activation(groups, dense, small, [x]), "of another tree"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()
