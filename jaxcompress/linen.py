@@ -47,6 +47,9 @@ class FakeQuantized(nn.Module):
 
     def setup(self) -> None:
         """Puts `inner`'s variables in this module's own place."""
+        assert self.scope is not None and self.inner.scope is not None
+        if self.inner.scope.parent is self.scope:  # nothing will be there: a module within may have the name "inner"
+            self.scope.reservations.pop(str(self.inner.name), None)
         nn.share_scope(self, self.inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from test_channels_zoo import some_units
 
+from jaxcompress import linen, quantize
 from jaxcompress.prune import channels
 
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 3)), jnp.float32)
@@ -108,6 +109,28 @@ def test_linen_batch_statistics_that_are_written_may_shrink():
     logits, state = jax.eval_shape(small, cut, IMAGES)
     assert jax.tree.map(jnp.shape, state["batch_stats"]) == jax.tree.map(jnp.shape, cut["batch_stats"])
     assert logits.shape == (2, 3)
+
+
+class Outer(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(self.inner(x)))
+
+
+def test_a_wrapper_of_a_wrapper():
+    """What is wrapped may hold a module under the name that the wrapper itself has for it, `inner`."""
+    model, x = Outer(nn.Dense(8)), TOKENS[0]
+    variables = model.init(jax.random.key(0), x)
+    plan = channels.plan(groups := channels.groups(model.apply, variables, x), channels.norm(groups, variables), 0.5)
+    pruned, spec = linen.Pruned(model, plan), quantize.Affine(4)
+    wrapped, small = linen.FakeQuantized(pruned, (("kernel$", spec),)), plan.apply(variables)
+    shapes = jax.tree.map(jnp.shape, small)
+    assert shapes["params"]["inner"]["kernel"] == (6, 4)
+    assert jax.tree.map(jnp.shape, wrapped.init(jax.random.key(0), x)) == shapes
+    expected = quantize.fake(pruned.apply, {"kernel$": spec})(small, x)
+    np.testing.assert_allclose(wrapped.apply(small, x), expected, rtol=1e-6)
 
 
 class Net(nnx.Module):
