@@ -12,7 +12,7 @@ from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._codebook import FUSED, Codebook, look_up
-from jaxcompress.arrays._gpu import FEW, LEAST, by_sums, for_few_rows, has_rows
+from jaxcompress.arrays._gpu import FEW, LEAST, by_sums, has_rows
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import (
@@ -43,7 +43,7 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
             return product(x, w)
 
         def summed() -> Array:
-            return for_few_rows(product, functools.partial(by_sums, Codebook.found, dims=dims), x, w)
+            return by_sums(product, Codebook.found, x, w, dims)
 
         if kwargs["out_sharding"] is not None:
             return plain()

@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, UInt8
 
-from jaxcompress.arrays._products import Dims, compute_dtype, derived_from
+from jaxcompress.arrays._products import Dims, compute_dtype, derived_from, doubled
 
 W = TypeVar("W")
 
@@ -30,48 +30,57 @@ def has_rows(x: Array, most: int, dims: Dims) -> bool:
     return isinstance(rows, int) and 0 < rows <= most and not jax.typeof(x).sharding.mesh.explicit_axes
 
 
-def for_few_rows(product: Callable[[Array, W], Array], sums: Callable[[Array, W], Array], x: Array, w: W) -> Array:
-    """`sums(x, w)`, which is `product(x, w)` by `by_sums`, with the derivatives of `product`.
+def by_sums(
+    product: Callable[[Array, W], Array],
+    decode: Callable[[W], Array],
+    x: Array,
+    w: W,
+    dims: Dims,
+    prepare: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """`product(x, w)` of few rows as arithmetic, which XLA fuses with the decoding: added up in at least float32.
 
-    Where vmap hands in many rows for one weight it is the product itself.
+    Derivatives are those of the product; where weights are stacked, and where vmap hands in many rows or weights, it is
+    the product itself.
+
+    Args:
+      product: of an input and a weight with the dimension numbers `dims`.
+      decode: to the weight's value, `[*w.shape]`.
+      x: the input.
+      w: the weight.
+      dims: which axes meet.
+      prepare: what becomes of the input before it meets the weight, in `product` too.
     """
+    if dims.w_batch:  # of a single row XLA itself makes sums, and writes out what is added up
+        return doubled(lambda x: product(x, w), x, dims) if has_rows(x, 1, dims) else product(x, w)
     structure = jax.tree.structure(w)
 
     @custom_vmap
     def fast(x: Array, *children: Array) -> Array:
-        return sums(x, jax.tree.unflatten(structure, children))
+        return _sums(decode, prepare(x), jax.tree.unflatten(structure, children), dims)
 
     @fast.def_vmap
-    def _batched(size: int, batched: Sequence[bool], x: Array, *children: Array) -> tuple[Array, bool]:
-        way = sums if any(batched[1:]) else product
-        axes = [0 if has else None for has in batched]
-        return jax.vmap(lambda x, *children: way(x, jax.tree.unflatten(structure, children)), axes)(x, *children), True
+    def _batched(size: int, batched: Sequence[bool], *args: Array) -> tuple[Array, bool]:
+        def one(x: Array, *children: Array) -> Array:
+            return product(x, jax.tree.unflatten(structure, children))
+
+        return jax.vmap(one, [0 if has else None for has in batched])(*args), True
 
     return derived_from(product, lambda x, w: fast(x, *jax.tree.leaves(w)), x, w)
 
 
-def by_sums(decode: Callable[[W], Array], x: Array, w: W, dims: Dims) -> Array:
-    """The product of few rows and `decode(w)`, `[*w.shape]`, as arithmetic, which XLA fuses with the decoding.
-
-    In at least float32, or int32 of integers.
-    """
-    value = jax.eval_shape(decode, w)
-    number = jnp.int32 if jnp.issubdtype(value.dtype, jnp.integer) else compute_dtype(x)
+def _sums(decode: Callable[[W], Array], x: Array, w: W, dims: Dims) -> Array:
+    number, shape = compute_dtype(x), jax.eval_shape(decode, w).shape
     outer, meets = dims.x_free(x.ndim), dict(zip(dims.w_contract, dims.x_contract, strict=True))
-    meets |= dict(zip(dims.w_batch, dims.x_batch, strict=True))
     laid = jnp.transpose(x, (*outer, *(meets[axis] for axis in sorted(meets)))).astype(number)
-    rows = laid.reshape(-1, *(size if axis in meets else 1 for axis, size in enumerate(value.shape)))
+    rows = laid.reshape(-1, *(size if axis in meets else 1 for axis, size in enumerate(shape)))
     sums: list[Array] = []
     for i, row in enumerate(rows):
         if i % 2 == 0:  # each two decode for themselves: what all had in common would be written out
             w = lax.optimization_barrier(w) if i else w
             decoded = decode(w).astype(number)
         sums.append(_sum(row * decoded, dims.w_contract))
-    left = [axis for axis in range(value.ndim) if axis not in dims.w_contract]
-    batch, free = ([1 + left.index(axis) for axis in axes] for axes in (dims.w_batch, dims.w_free(value.ndim)))
-    product = jnp.transpose(jnp.stack(sums), (*batch, 0, *free))
-    sizes = product.shape[: len(batch)], product.shape[len(batch) + 1 :]
-    return product.reshape(*sizes[0], *(x.shape[axis] for axis in outer), *sizes[1])
+    return jnp.stack(sums).reshape(*(x.shape[axis] for axis in outer), *(shape[a] for a in dims.w_free(len(shape))))
 
 
 def _sum(products: Array, over: Sequence[int]) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxcompress.arrays._gpu import FEW, by_sums, for_few_rows, has_rows, seen_as_integers
+from jaxcompress.arrays._gpu import FEW, by_sums, has_rows, seen_as_integers
 from jaxcompress.arrays._products import Dims, compute_dtype, split_axis
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._quantized_inputs import rounded_input
@@ -27,11 +27,10 @@ def on_gpu(product: Callable[[Array, Quantized], Array], x: Array, w: Quantized,
     if (table or not is_plain(w)) and not w.as_integers and has_rows(x, FEW if table else 2, dims):
         number = compute_dtype(x)
 
-        def sums(x: Array, w: Quantized) -> Array:
-            x = rounded_input(x, w, dims)
-            return by_sums(lambda w: w.centred(number) * w.spread(w.steps), x, w, dims)
+        def decode(w: Quantized) -> Array:
+            return w.centred(number) * w.spread(w.steps)
 
-        return for_few_rows(product, sums, x, w)
+        return by_sums(product, decode, x, w, dims, lambda x: rounded_input(x, w, dims))
     if w.values.dtype == jnp.int2 and w.levels is None:  # or they are written out as 8 bits
         w = dataclasses.replace(w, values=lax.optimization_barrier(w.values.astype(jnp.int4)))
     at_once = w.group is None or has_rows(x, w.group[1] // 2, dims)  # else the weight is decoded for its groups' scales

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
-from jaxcompress.arrays._gpu import LEAST, by_sums, for_few_rows, has_rows
+from jaxcompress.arrays._gpu import LEAST, has_rows
 from jaxcompress.arrays._integers import beats_bytes, exact, multiply_integers
 from jaxcompress.arrays._lanes import LARGE
 from jaxcompress.arrays._leaf import Otherwise
@@ -164,12 +164,11 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def integers(codes: Array) -> Array:
-        if params.get("out_sharding") is not None or not has_rows(codes, 1, dims):
+        if w.bits == 8 or not has_rows(codes, 1, dims):
             return anywhere(codes)
-        # XLA:GPU writes a product of one row as such sums itself, and fails to where codes are int4
-        sums = functools.partial(by_sums, _integers, dims=dims)
-        one_row = functools.partial(for_few_rows, lambda codes, w: anywhere(codes), sums, w=w)
-        return lax.platform_dependent(codes, cuda=one_row, default=anywhere)
+        # of a single row XLA:GPU makes sums by itself, and fails to where codes are int4
+        twice = functools.partial(doubled, anywhere, dims=dims)
+        return lax.platform_dependent(codes, cuda=twice, default=anywhere)
 
     def anywhere(codes: Array) -> Array:
         def whole() -> Array:
@@ -207,10 +206,6 @@ def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
     """The sum of the codes over the contracted axes, int32, along the output's axes."""
     sums = jnp.sum(codes, axis=dims.w_contract, keepdims=True, dtype=jnp.int32)
     return along_output(sums, dims.w_contract, dims.w_batch, before=len(dims.x_free(x_ndim)), after=0)
-
-
-def _integers(w: Quantized) -> Array:  # int4 not by way of int8, or XLA:GPU fails
-    return (w.values if w.values.dtype == jnp.int4 else w.codes()).astype(jnp.int32)
 
 
 def _centred(w: Quantized, dtype: Any) -> list[Array]:
