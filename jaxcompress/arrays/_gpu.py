@@ -85,10 +85,10 @@ def _sums(decode: Callable[[W], Array], x: Array, w: W, dims: Dims) -> Array:
 
 def _sum(products: Array, over: Sequence[int]) -> Array:
     """The sum over some axes; where the last is not among them in two steps, or XLA may write the products out."""
-    along = max(over, key=lambda axis: products.shape[axis])
+    along = max(over, key=lambda axis: products.shape[axis], default=products.ndim - 1)
     n = products.shape[along]
     pieces = max(size for size in range(1, PIECES + 1) if n % size == 0)
-    if pieces == 1 or products.ndim - 1 in over:
+    if pieces == 1 or not over or products.ndim - 1 in over:
         return jnp.sum(products, axis=over)
     split = products.reshape(*products.shape[:along], pieces, -1, *products.shape[along + 1 :])
     inner = tuple(axis + (axis >= along) for axis in over)

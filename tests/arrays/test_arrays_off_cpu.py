@@ -45,6 +45,8 @@ PRODUCTS = {
     "vector": lambda x, w: x[0] @ w,
     "transposed": lambda x, w: (x @ w) @ w.T,
     "einsum": lambda x, w: jnp.einsum("io,bi->ob", w, x),
+    "outer": lambda x, w: jnp.tensordot(x[0, :1], w, 0),
+    "all": lambda x, w: jnp.tensordot(x[0, :, None] * x[0, :16], w, 2),
 }
 
 
