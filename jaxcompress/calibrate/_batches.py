@@ -1,3 +1,5 @@
+"""A check of what is handed in as batches."""
+
 from collections.abc import Mapping
 from typing import Any
 
