@@ -1,4 +1,4 @@
-"""What XLA makes of products for a TPU and for a GPU, compiled here without either.
+"""What XLA makes of products for a TPU and for a GPU, compiled here without either; and their times where one is.
 
 Counted are the bytes that a program reads from the chip's main memory and writes to it; few rows of inputs take as long
 as their weight takes to read. XLA's own cost analysis counts what lies in the chip's own memory too: 336 MB for 67 MB
@@ -10,11 +10,12 @@ use; where there is one it measures several.
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax._src import xla_bridge
 from jax.experimental import topologies
 
-from benchmarks._harness import Figures, benchmark, exact
+from benchmarks._harness import Figures, benchmark, exact, faster
 from jaxcompress import Codebook, Quantized, compressed, quantize
 
 V5E = {
@@ -87,6 +88,39 @@ def _cuda(rounds: int) -> Figures:
         return _fewer(chip, (16, 256))
 
 
+@benchmark("quantize.accelerator")
+def _accelerator(rounds: int) -> Figures:
+    """How many times faster than in bfloat16 these products are on the GPU or TPU that is there; of 4096 rows too."""
+    if jax.default_backend() == "cpu":
+        raise ModuleNotFoundError("it needs a GPU or a TPU, and JAX's wheels for it")
+    weight = jax.random.normal(jax.random.key(0), SIZE, jnp.bfloat16)
+    kinds = _kinds(weight, (16, 256))
+    figures = {}
+    for rows in (*ROWS, 4096):
+        x = jax.random.normal(jax.random.key(1), (rows, SIZE[0]), jnp.bfloat16)
+        product = jax.jit(compressed(jnp.dot))
+        for name, small in kinds.items():
+            ours, theirs = functools.partial(product, x, small), functools.partial(product, x, weight)
+            figures[f"{name}.{rows}"] = faster(ours, theirs, "bfloat16 product", rounds)
+    return figures
+
+
+def _kinds(weight: Any, centroids: tuple[int, ...]) -> dict[str, Any]:
+    """The weight, an array or a shape, in every format."""
+    as_shape = isinstance(weight, jax.ShapeDtypeStruct)
+
+    def made(convert: Callable[..., Any], *args: Any) -> Any:
+        return jax.eval_shape(convert, *args) if as_shape else convert(*args)
+
+    def codebook(weight: jax.Array, k: int) -> Codebook:
+        indices = jnp.abs(weight * 1000).astype(jnp.uint8) % k
+        return Codebook.from_indices(indices, jnp.linspace(-1, 1, k, dtype=weight.dtype)[None, None])
+
+    kinds = {name: made(scheme.convert, weight) for name, scheme in SCHEMES.items()}
+    kinds |= {f"{name}.as_int4": made(Quantized.as_int4, w) for name, w in kinds.items() if w.bits == 4}
+    return kinds | {f"codebook_{k}": made(functools.partial(codebook, k=k), weight) for k in centroids}
+
+
 def _fewer(device: Any, centroids: tuple[int, ...]) -> Figures:
     chip = jax.sharding.SingleDeviceSharding(device)
     weight = jax.ShapeDtypeStruct(SIZE, jnp.bfloat16)
@@ -97,11 +131,7 @@ def _fewer(device: Any, centroids: tuple[int, ...]) -> Figures:
         compiled: Any = jax.jit(compressed(jnp.dot)).lower(x, there).compile()
         return moved_bytes(compiled.as_text()), compiled.memory_analysis().temp_size_in_bytes
 
-    kinds: dict[str, Any] = {name: jax.eval_shape(scheme.convert, weight) for name, scheme in SCHEMES.items()}
-    kinds |= {f"{name}.as_int4": jax.eval_shape(Quantized.as_int4, w) for name, w in kinds.items() if w.bits == 4}
-    for k in centroids:
-        indices, table = jax.ShapeDtypeStruct(SIZE, jnp.uint8), jax.ShapeDtypeStruct((1, 1, k), jnp.bfloat16)
-        kinds[f"codebook_{k}"] = jax.eval_shape(Codebook.from_indices, indices, table)
+    kinds = _kinds(weight, centroids)
     figures = {}
     for rows in ROWS:
         whole, _ = moved(rows, weight)
