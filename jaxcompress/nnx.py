@@ -154,17 +154,20 @@ class FakeQuantized(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`inner(*args, **kwargs)`, with the chosen weights and their inputs rounded."""
         graph, params, rest = _split(self.inner)
+        values, structure = jax.tree.flatten(rest)  # variables belong to the trace that makes them
+        made: list[Any] = []
 
-        def apply(pure: Any, rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            own = jax.tree.map(lambda x: x, rest)  # variables made in this trace, or they could not be written to
-            model = nnx.merge(graph, _filled(params, pure), own)
+        def apply(pure: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            model = nnx.merge(graph, _filled(params, pure), jax.tree.unflatten(structure, values))
             out = model(*args, **kwargs)
-            return out, _split(model)[2]  # not as a plain dict: what is sown is new, and has a type
+            new, after = jax.tree.flatten(_split(model)[2])  # not a plain dict: what is sown is new, and has a type
+            made[:] = [after]
+            return out, new
 
         ranges = None if self.ranges is None else dict(self.ranges)
         run = quantize.fake(apply, self.rules, ranges, fold=self.fold)
-        out, rest = run(nnx.to_pure_dict(params), rest, *args, **kwargs)
-        nnx.update(self.inner, rest)
+        out, new = run(nnx.to_pure_dict(params), values, *args, **kwargs)
+        nnx.update(self.inner, jax.tree.unflatten(made[0], new))
         return out
 
 

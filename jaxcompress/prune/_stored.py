@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
 from jaxcompress.arrays._products import mesh_axes
+from jaxcompress.calibrate._meshes import explicit_sharding
 
 
 def all_kept(weight: jax.Array, packed: bool) -> jax.Array:
@@ -29,7 +30,8 @@ def stored_beside(weight: jax.Array, mask: jax.Array, packed: bool) -> jax.Array
 
 def stored(mask: jax.Array, like: jax.Array) -> jax.Array:
     """A boolean mask, stored as `like` is, and sharded so: on explicit axes one spread from its blocks is not."""
-    return (mask if like.dtype == bool else pack_bits(mask)) | jnp.zeros_like(like)
+    kept, sharding = mask if like.dtype == bool else pack_bits(mask), explicit_sharding(like)
+    return kept if sharding is None else jax.sharding.reshard(kept, sharding)
 
 
 def booleans(kept: jax.Array) -> jax.Array:
