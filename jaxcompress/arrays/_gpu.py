@@ -6,6 +6,7 @@ than the product. So here bytes of two codes are seen as int4, and what few rows
 arithmetic, of which XLA makes one kernel that reads the codes as they are.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -30,6 +31,16 @@ def has_rows(x: Array, most: int, dims: Dims) -> bool:
     return isinstance(rows, int) and 0 < rows <= most and not jax.typeof(x).sharding.mesh.explicit_axes
 
 
+def row_twice(product: Callable[[Array], Array], x: Array, dims: Dims) -> Array:
+    """`product(x)`, on a GPU of a single row given twice.
+
+    Of one row XLA makes sums itself, writes out what it adds up and, where codes are int4 that meet integers, fails.
+    """
+    if not has_rows(x, 1, dims):
+        return product(x)
+    return lax.platform_dependent(x, cuda=functools.partial(doubled, product, dims=dims), default=product)
+
+
 def by_sums(
     product: Callable[[Array, W], Array],
     decode: Callable[[W], Array],
@@ -51,8 +62,8 @@ def by_sums(
       dims: which axes meet.
       prepare: what becomes of the input before it meets the weight, in `product` too.
     """
-    if dims.w_batch:  # of a single row XLA itself makes sums, and writes out what is added up
-        return doubled(lambda x: product(x, w), x, dims) if has_rows(x, 1, dims) else product(x, w)
+    if dims.w_batch:
+        return row_twice(lambda x: product(x, w), x, dims)
     structure = jax.tree.structure(w)
 
     @custom_vmap
@@ -85,11 +96,10 @@ def _sums(decode: Callable[[W], Array], x: Array, w: W, dims: Dims) -> Array:
 
 def _sum(products: Array, over: Sequence[int]) -> Array:
     """The sum over some axes; where the last is not among them in two steps, or XLA may write the products out."""
-    along = max(over, key=lambda axis: products.shape[axis], default=products.ndim - 1)
-    n = products.shape[along]
-    pieces = max(size for size in range(1, PIECES + 1) if n % size == 0)
-    if pieces == 1 or not over or products.ndim - 1 in over:
+    if not over or products.ndim - 1 in over:
         return jnp.sum(products, axis=over)
+    along = max(over, key=lambda axis: products.shape[axis])
+    pieces = max(size for size in range(1, PIECES + 1) if products.shape[along] % size == 0)
     split = products.reshape(*products.shape[:along], pieces, -1, *products.shape[along + 1 :])
     inner = tuple(axis + (axis >= along) for axis in over)
     parts = lax.optimization_barrier(jnp.sum(split, axis=inner))  # or XLA makes one step of the two

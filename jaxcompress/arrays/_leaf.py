@@ -141,12 +141,8 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
 
     def unstacked(self) -> Any:
         """The dense value, where `scan` would slice a leaf that is not made as a stack; an error if it is strict."""
-        if self.strict:
-            raise MadeDenseError(
-                f"a {type(self).__name__} weight of shape {self.shape} would be made dense by `scan`, which slices its "
-                f"first axis: it was not made as a stack of layers (see `stacked` where it was made)"
-            )
-        _record(lax.scan_p, [self], "dense")
+        why = "slices its first axis: it was not made as a stack of layers (see `stacked` where it was made)"
+        made_dense(lax.scan_p, [self], why)
         return self.materialise()
 
     def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -204,13 +200,15 @@ def _meet_dense(primitive: Primitive, values: Sequence[Any], params: dict[str, A
     return primitive.bind(*[x.materialise() if isinstance(x, quax.Value) else x for x in values], **params)
 
 
-def made_dense(primitive: Primitive, values: Sequence[Any]) -> None:
+_NO_RULE = "has no rule for it here; register one (jaxcompress.arrays.register), or call compressed without strict=True"
+
+
+def made_dense(primitive: Primitive, values: Sequence[Any], why: str = _NO_RULE) -> None:
     """Counts the leaves that a primitive meets as dense values; under `strict` that is an error."""
     for x in values:
         if is_leaf(x) and x.strict:
             raise MadeDenseError(
-                f"a {type(x).__name__} weight of shape {x.shape} would be made dense by `{primitive}`, which has no "
-                f"rule for it here; register one (jaxcompress.arrays.register), or call compressed without strict=True"
+                f"a {type(x).__name__} weight of shape {x.shape} would be made dense by `{primitive}`, which {why}"
             )
     _record(primitive, values, "dense")
 

@@ -49,7 +49,7 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
         return convolve(w)
 
     if not w.as_integers:
-        # its kernels take a weight as an array, and write what is scaled behind them a second time
+        # a GPU's kernels take a weight as an array, and what is scaled behind them is written a second time
         return lax.platform_dependent(
             x, w, cuda=scaled_before, default=lambda x, w: (floats(x, w) * scale).astype(out_dtype)
         )

@@ -19,6 +19,11 @@ def is_plain(w: Quantized) -> bool:
     return stored and w.levels is None and w.zero_point is None and w.group is None
 
 
+def groups_at_once(x: Array, w: Quantized, dims: Dims) -> bool:
+    """Whether a product for each group, if there are groups, has fewer results in all than the weight has numbers."""
+    return w.group is None or has_rows(x, w.group[1] // 2, dims)
+
+
 def on_gpu(product: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
     """`product(x, w)` in a form that a GPU decodes within the product, if there is one."""
     if w.length == (8 // w.bits) * w.values.shape[-1]:
@@ -33,8 +38,7 @@ def on_gpu(product: Callable[[Array, Quantized], Array], x: Array, w: Quantized,
         return by_sums(product, decode, x, w, dims, lambda x: rounded_input(x, w, dims))
     if w.values.dtype == jnp.int2 and w.levels is None:  # or they are written out as 8 bits
         w = dataclasses.replace(w, values=lax.optimization_barrier(w.values.astype(jnp.int4)))
-    at_once = w.group is None or has_rows(x, w.group[1] // 2, dims)  # else the weight is decoded for its groups' scales
-    if w.zero_point is None or w.activation_bits is not None or not at_once:
+    if w.zero_point is None or w.activation_bits is not None or not groups_at_once(x, w, dims):
         return product(x, w)
     # by itself: the codes less a zero point would be written out
     return product(x, dataclasses.replace(w, zero_point=None)) - _zero_points(x, w, dims)

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
-from jaxcompress.arrays._gpu import LEAST, has_rows
+from jaxcompress.arrays._gpu import LEAST, row_twice
 from jaxcompress.arrays._integers import beats_bytes, exact, multiply_integers
 from jaxcompress.arrays._lanes import LARGE
 from jaxcompress.arrays._leaf import Otherwise
@@ -32,13 +32,12 @@ from jaxcompress.arrays._products import (
     by_columns,
     compute_dtype,
     derived_from,
-    doubled,
     is_float,
     register_product,
     split_axis,
 )
 from jaxcompress.arrays._quantized import Quantized
-from jaxcompress.arrays._quantized_gpu import is_plain, on_gpu
+from jaxcompress.arrays._quantized_gpu import groups_at_once, is_plain, on_gpu
 from jaxcompress.arrays._quantized_inputs import input_codes, rounded_input
 from jaxcompress.arrays._tiles import is_tiled, part_by_part, tiled
 
@@ -109,22 +108,17 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
         codes, step, zero = input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
 
         def product(codes: Array) -> Array:
-            return tiled(functools.partial(grouped, zero=zero), codes, w, dims, whole=functools.partial(whole, codes))
-
-        def whole(codes: Array) -> Array:
-            assert w.group is not None
             at_once = functools.partial(grouped, zero=zero)
-            if jax.device_count() > 1 or has_rows(codes, w.group[1] // 2, dims):
-                return at_once(codes, w)
-            # of many rows the groups' products take more memory than all else
-            return part_by_part(at_once, codes, w, dims, w.group[0] + w.ndim, w.group[1])
 
-        if has_rows(codes, 1, dims):  # XLA:GPU writes such products of one row out
-            twice = functools.partial(doubled, product, dims=dims)
-            sums = lax.platform_dependent(codes, cuda=twice, default=product)
-        else:
-            sums = product(codes)
-        return sums * _along_weight(step, dims, w.ndim)
+            def whole() -> Array:
+                if w.group is None or jax.device_count() > 1 or groups_at_once(codes, w, dims):
+                    return at_once(codes, w)
+                # of many rows the groups' products take more memory than all else
+                return part_by_part(at_once, codes, w, dims, w.group[0] + w.ndim, w.group[1])
+
+            return tiled(at_once, codes, w, dims, whole=whole)
+
+        return row_twice(product, codes, dims) * _along_weight(step, dims, w.ndim)
 
     return derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
 
@@ -141,8 +135,7 @@ def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]
     def grouped() -> Array:
         return by_columns(functools.partial(_dot_groups, dims=dims, params=params), x, w, dims)
 
-    assert w.group is not None
-    few = w.levels is None and has_rows(x, w.group[1] // 2, dims)
+    few = w.levels is None and groups_at_once(x, w, dims)
     return lax.platform_dependent(cpu=grouped, cuda=grouped if few else fused, default=fused)
 
 
@@ -164,11 +157,7 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
     product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def integers(codes: Array) -> Array:
-        if w.bits == 8 or not has_rows(codes, 1, dims):
-            return anywhere(codes)
-        # of a single row XLA:GPU makes sums by itself, and fails to where codes are int4
-        twice = functools.partial(doubled, anywhere, dims=dims)
-        return lax.platform_dependent(codes, cuda=twice, default=anywhere)
+        return anywhere(codes) if w.bits == 8 else row_twice(anywhere, codes, dims)
 
     def anywhere(codes: Array) -> Array:
         def whole() -> Array:
