@@ -22,9 +22,12 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Int8, Int32, UInt8
 
+from jaxcompress.arrays._bits import signed_parts
+
 DEEP = (1 << 31) // (255 * 128)  # contracted weights whose products int32 can add up
 TILE = 64  # rows of a weight that are made signed at a time
 MANY = 256  # rows of the input; for so many it does better as the left operand, and the weight is made signed whole
+UNPACKED = 1 << 20  # codes of a packed weight that are unpacked at a time, which the product then finds in a cache
 
 byte_dot_p = Primitive("byte_dot")
 
@@ -49,18 +52,25 @@ def moved(values: Array) -> Array:
     return lax.bitcast_convert_type(values ^ values.dtype.type(-128 if values.dtype == jnp.int8 else 128), other)
 
 
-def integer_sums(codes: Int8[Array, "groups rows n"], values: Array, along: int) -> list[Int32[Array, "rows columns"]]:
+def integer_sums(
+    codes: Int8[Array, "groups rows n"], values: Array, along: int, bits: int = 8
+) -> list[Int32[Array, "rows columns"]]:
     """The products of each group of rows of codes with a matrix of weights, on a CPU.
 
     Args:
       codes: of the input.
-      values: of the weight; int8, or unsigned bytes that stand for 128 less. For int8 that is contracted along its
-        first axis the CPU must be one that `multiplies_bytes`.
+      values: of the weight; int8, or unsigned bytes that stand for 128 less, or of fewer `bits` packed along the last
+        axis. For packed ones, and int8 that is contracted along its first axis, the CPU must be one that
+        `multiplies_bytes`.
       along: the axis of `values` that is contracted.
+      bits: of a code.
     """
     groups, rows, n = codes.shape
     flat = codes.reshape(-1, n)
     each = [slice(i * rows, (i + 1) * rows) for i in range(groups)]
+    if bits < 8:
+        sums = _unpacked_sums(flat, values, along, bits)
+        return [sums[group] for group in each]
     if values.dtype == jnp.uint8 and groups * rows >= MANY:
         values = moved(values)
     if values.dtype == jnp.uint8:
@@ -75,9 +85,39 @@ def integer_sums(codes: Int8[Array, "groups rows n"], values: Array, along: int)
     if not multiplies_bytes():
         sums = lax.dot_general(flat, values, (((1,), (along,)), ((), ())), preferred_element_type=jnp.int32)
         return [sums[group] for group in each]
-    ones = jnp.ones_like(flat, jnp.uint8, shape=(1, n))  # their product is the sum of the weight's codes
-    sums = byte_dot(jnp.concatenate([moved(flat), ones]), values, along=along)
-    return [sums[group] - 128 * sums[-1:] for group in each]
+    sums = _less_moves(byte_dot(_with_ones(flat), values, along=along))
+    return [sums[group] for group in each]
+
+
+def _with_ones(codes: Int8[Array, "rows n"]) -> UInt8[Array, "more n"]:
+    """The codes as unsigned bytes, 128 larger, and a row of ones, whose product is the sum of a weight's codes."""
+    return jnp.concatenate([moved(codes), jnp.ones_like(codes, jnp.uint8, shape=(1, codes.shape[1]))])
+
+
+def _less_moves(sums: Int32[Array, "more k"]) -> Int32[Array, "rows k"]:
+    return sums[:-1] - 128 * sums[-1:]
+
+
+def _unpacked_sums(codes: Int8[Array, "rows n"], packed: Array, along: int, bits: int) -> Int32[Array, "rows k"]:
+    """Of a tile of outputs at a time: the products of its bytes' first codes, of their second ones, ... in their places."""
+    a_byte, inputs = 8 // bits, _with_ones(codes)
+    each = [inputs[:, i::a_byte] for i in range(a_byte)] if along else [inputs] * a_byte
+
+    def of(tile: Array) -> Array:
+        parts = zip(each, signed_parts(tile, bits), strict=True)
+        sums = [_less_moves(byte_dot(u, part, along=along)) for u, part in parts]
+        # turned, for XLA writes what is stacked along the last axis one number at a time
+        return sum(sums[1:], start=sums[0]) if along else jnp.moveaxis(jnp.stack(sums), 0, -1).reshape(len(codes), -1)
+
+    outputs = packed.shape[1 - along]  # or bytes of them
+    width = max(TILE, UNPACKED // packed.shape[along] // TILE * TILE)
+    tiles = outputs // width
+    if tiles < 2:
+        return of(packed)
+    sums = lax.map(lambda i: of(lax.dynamic_slice_in_dim(packed, i * width, width, 1 - along)), jnp.arange(tiles))
+    sums = jnp.moveaxis(sums, 0, 1).reshape(len(codes), -1)
+    rest = lax.slice_in_dim(packed, tiles * width, outputs, axis=1 - along)
+    return jnp.concatenate([sums, of(rest)], axis=1) if rest.size else sums
 
 
 @functools.partial(jax.jit, static_argnames="along")

@@ -26,18 +26,21 @@ LITTLE, FEWER = 1 << 12, 4  # weights of that many on, less than are worth tiles
 
 
 def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
-    """Whether `integer_codes` can multiply the two, and fast: a matrix of 8-bit integers, on a single device.
+    """Whether `integer_codes` can multiply the two, and fast: a matrix of integers, on a single device.
 
     Weights of more axes are matrices too, if the contracted ones are the first of them or the last.
     """
-    plain = w.of_integers and w.bits == 8 and w.zero_point is None
+    plain = w.of_integers and w.zero_point is None
     if not plain or not dims.w_contract or dims.w_batch or (w.turned and w.ndim > 2) or jax.device_count() > 1:
         return False
     along = _along(w, dims)
     if along is None or math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP:
         return False
+    if w.bits < 8 and (w.length is None or w.length % (8 // w.bits) or w.size < WORTH):
+        return False
     # codes stored with the contracted axis first are laid out anew for each product, for which one row does not pay
-    return along == 1 or (multiplies_bytes() and dims.rows(x) != 1)
+    either = multiplies_bytes() if w.bits < 8 or along == 0 else True
+    return either and (along == 1 or dims.rows(x) != 1)
 
 
 def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int32[Array, "*output"]:
@@ -76,7 +79,7 @@ def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
 def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list[Int32[Array, "rows columns"]]:
     along, n = _along(w, dims), codes.shape[-1]
     assert along is not None  # who calls has looked
-    return integer_sums(codes, w.values.reshape((-1, n) if along else (n, -1)), along)
+    return integer_sums(codes, w.values.reshape((-1, n * w.bits // 8) if along else (n, -1)), along, w.bits)
 
 
 def _along(w: Quantized, dims: Dims) -> int | None:

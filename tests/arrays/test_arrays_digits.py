@@ -9,7 +9,7 @@ import pytest
 from jax import export, lax
 
 from jaxcompress import compressed, dense, pack, quantize
-from jaxcompress.arrays import _byte_products, _digits
+from jaxcompress.arrays import Quantized, _byte_products, _digits
 from jaxcompress.arrays._byte_products import multiplies_bytes
 from jaxcompress.quantize import Affine
 from jaxcompress.quantize import quantize as to_codes
@@ -39,11 +39,17 @@ def with_bytes(monkeypatch, has: bool) -> None:
 
 
 LAID = {
-    "outputs first": ("...i,io->...o", (96, 40), True),
-    "as it is": ("...i,io->...o", (96, 40), False),
-    "tied, backwards": ("...i,oi->...o", (40, 96), False),
-    "to heads": ("...i,ihd->...hd", (96, 5, 8), False),
-    "from heads": ("...hd,hdo->...o", (12, 8, 40), False),
+    "outputs first": ("...i,io->...o", (96, 40), 8),
+    "as it is": ("...i,io->...o", (96, 40), 8),
+    "tied, backwards": ("...i,oi->...o", (40, 96), 8),
+    "to heads": ("...i,ihd->...hd", (96, 5, 8), 8),
+    "from heads": ("...hd,hdo->...o", (12, 8, 40), 8),
+    "packed": ("...i,io->...o", (96, 40), 4),
+    "packed, in tiles and a rest": ("...i,io->...o", (96, 300), 4),
+    "packed, backwards": ("...i,oi->...o", (200, 96), 4),
+    "packed, four a byte": ("...i,io->...o", (96, 40), 2),
+    "packed, from heads": ("...hd,hdo->...o", (12, 8, 40), 4),
+    "packed, to heads backwards": ("...hd,ohd->...o", (40, 12, 8), 2),
 }
 
 
@@ -53,14 +59,15 @@ LAID = {
 @pytest.mark.parametrize("laid", LAID)
 def test_products_are_as_near_as_those_of_floats(monkeypatch, rng, laid, rows, has_bytes):
     with_bytes(monkeypatch, has_bytes)
-    how, shape, outputs_first = LAID[laid]
-    w = to_codes(jnp.asarray(rng.normal(size=shape), jnp.float32), Affine(axes=()))
-    w = w.outputs_first() if outputs_first else w
-    x = rng.normal(size=(*rows, *((12, 8) if laid == "from heads" else (96,))))
+    monkeypatch.setattr(_byte_products, "UNPACKED", 96 * 64)
+    how, shape, bits = LAID[laid]
+    w = to_codes(jnp.asarray(rng.normal(size=shape), jnp.float32), Affine(bits, axes=()))
+    w = w.outputs_first() if laid == "outputs first" else w
+    x = rng.normal(size=(*rows, *((12, 8) if "hd," in how else (96,))))
     x *= np.exp(rng.normal(size=x.shape))
     product = compressed(lambda x, w: jnp.einsum(how, x, w.astype(x.dtype)))
     by_digits = has_bytes or laid in ("outputs first", "tied, backwards")
-    for dtype, bound in ((jnp.float32, 2.0**-23), (jnp.bfloat16, 2.0**-7)):
+    for dtype, bound in ((jnp.float32, 3 * 2.0**-24), (jnp.bfloat16, 2.0**-7)):
         number = jnp.asarray(x, dtype)
         whole = np.asarray(dense(w), np.float64)
         wanted = np.einsum(how, np.asarray(number, np.float64), whole)
@@ -129,6 +136,23 @@ def test_integers_are_the_same_to_the_bit(monkeypatch, rng, rows, has_bytes):
     assert (plain.codes() == w.codes()).all()
     run = jax.jit(compressed(jnp.matmul, strict=True))
     np.testing.assert_array_equal(run(x, w), run(x, plain))
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("rows", [1, 5, 90])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_packed_integers_are_exact(monkeypatch, rng, bits, rows, backwards):
+    with_bytes(monkeypatch, True)
+    monkeypatch.setattr(_byte_products, "UNPACKED", 96 * 64)
+    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (300, 96) if backwards else (96, 300))
+    w = Quantized.from_codes(jnp.asarray(codes), jnp.full((1, 1), 0.5), bits=bits, activation_bits=8)
+    x = rng.integers(-127, 128, (rows, 96))
+    x[:, 0] = 127  # so that a step is one
+    product = compressed(lambda x, w: x @ (w.T if backwards else w))
+    number = jnp.asarray(x, jnp.float32)
+    assert ("byte_dot" in str(jax.make_jaxpr(product)(number, w))) == (backwards or rows > 1)
+    np.testing.assert_array_equal(jax.jit(product)(number, w), 0.5 * (x @ (codes.T if backwards else codes)))
 
 
 def test_it_is_the_same_weight_wherever_it_goes(rng, tmp_path):
