@@ -85,27 +85,28 @@ def integer_sums(
     if not multiplies_bytes():
         sums = lax.dot_general(flat, values, (((1,), (along,)), ((), ())), preferred_element_type=jnp.int32)
         return [sums[group] for group in each]
-    sums = _less_moves(byte_dot(_with_ones(flat), values, along=along))
+    sums = less_moves(byte_dot(with_ones(flat), values, along=along))
     return [sums[group] for group in each]
 
 
-def _with_ones(codes: Int8[Array, "rows n"]) -> UInt8[Array, "more n"]:
+def with_ones(codes: Int8[Array, "rows n"]) -> UInt8[Array, "more n"]:
     """The codes as unsigned bytes, 128 larger, and a row of ones, whose product is the sum of a weight's codes."""
     return jnp.concatenate([moved(codes), jnp.ones_like(codes, jnp.uint8, shape=(1, codes.shape[1]))])
 
 
-def _less_moves(sums: Int32[Array, "more k"]) -> Int32[Array, "rows k"]:
-    return sums[:-1] - 128 * sums[-1:]
+def less_moves(sums: Int32[Array, "more k"], zero: Any = 0) -> Int32[Array, "rows k"]:
+    """The products of the codes, less a zero point, from those of what `with_ones` makes of the codes."""
+    return sums[:-1] - (128 + zero) * sums[-1:]
 
 
 def _unpacked_sums(codes: Int8[Array, "rows n"], packed: Array, along: int, bits: int) -> Int32[Array, "rows k"]:
-    """Of a tile of outputs at a time: the products of its bytes' first codes, of their second ones, ... in their places."""
-    a_byte, inputs = 8 // bits, _with_ones(codes)
+    """Of a tile of outputs at a time: products of its bytes' first codes, of their second ones, ... in their places."""
+    a_byte, inputs = 8 // bits, with_ones(codes)
     each = [inputs[:, i::a_byte] for i in range(a_byte)] if along else [inputs] * a_byte
 
     def of(tile: Array) -> Array:
         parts = zip(each, signed_parts(tile, bits), strict=True)
-        sums = [_less_moves(byte_dot(u, part, along=along)) for u, part in parts]
+        sums = [less_moves(byte_dot(u, part, along=along)) for u, part in parts]
         # turned, for XLA writes what is stacked along the last axis one number at a time
         return sum(sums[1:], start=sums[0]) if along else jnp.moveaxis(jnp.stack(sums), 0, -1).reshape(len(codes), -1)
 

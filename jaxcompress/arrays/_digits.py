@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
+from jaxcompress.arrays import _digit_groups as in_groups
 from jaxcompress.arrays._byte_products import DEEP, integer_sums, multiplies_bytes
 from jaxcompress.arrays._products import Dims, derived_from, is_float
 from jaxcompress.arrays._quantized import Quantized
@@ -30,8 +31,14 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
 
     Weights of more axes are matrices too, if the contracted ones are the first of them or the last.
     """
-    plain = w.of_integers and w.zero_point is None
-    if not plain or not dims.w_contract or dims.w_batch or (w.turned and w.ndim > 2) or jax.device_count() > 1:
+    at_outputs = w.zero_point is None or all(w.zero_point.shape[axis] == 1 for axis in dims.w_contract)
+    if (
+        not (w.of_integers and at_outputs)
+        or not dims.w_contract
+        or dims.w_batch
+        or (w.turned and w.ndim > 2)
+        or jax.device_count() > 1
+    ):
         return False
     along = _along(w, dims)
     if along is None or math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP:
@@ -54,32 +61,77 @@ def suits(x: Array, w: Quantized, dims: Dims) -> bool:
     rows = dims.rows(x)
     most = FEW if w.size >= WORTH else FEWER if w.size >= LITTLE and _along(w, dims) == 1 else 0
     known = isinstance(rows, int) and 0 < rows <= most  # under jax.export it may be a symbol
-    return known and is_float(x) and x.dtype.itemsize <= 4 and is_laid_for_integers(x, w, dims)
+    return known and _narrow(x) and is_laid_for_integers(x, w, dims)
+
+
+def _narrow(x: Array) -> bool:
+    return is_float(x) and x.dtype.itemsize <= 4
 
 
 def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
     """`otherwise(x, w)`, the unscaled product; on a CPU by digits. Derivatives are those of `otherwise`."""
-    fast = functools.partial(_product, dims=dims)
+    return _on_cpu(functools.partial(_product, dims=dims), otherwise, x, w)
+
+
+def groups_by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
+    """`otherwise(x, w)`, the product with a weight that has a scale a group, likewise where that can be, and pays."""
+    if not (_narrow(x) and in_groups.suits(x, w, dims, in_groups.OF_DIGITS) and dims.rows(x) <= FEW):
+        return otherwise(x, w)
+    return _on_cpu(functools.partial(_grouped_product, dims=dims), otherwise, x, w)
+
+
+def groups_by_codes(
+    otherwise: Callable[[], Array], codes: Array, zero: Array | None, w: Quantized, dims: Dims
+) -> Array:
+    """The same with the codes of integer inputs, which need no digits, and their zero point."""
+    if codes.dtype != jnp.int8 or not in_groups.suits(codes, w, dims):
+        return otherwise()
+
+    def fast() -> Array:
+        at_zero = 0 if zero is None else zero.reshape(()).astype(jnp.int32)  # unstacked weights bring a single one
+        return _as_output(in_groups.group_sums(_as_rows(codes, dims)[None], w, at_zero), codes, w, dims)
+
+    return lax.platform_dependent(cpu=fast, default=otherwise)
+
+
+def _on_cpu(fast: Callable[..., Array], otherwise: Callable[..., Array], x: Array, w: Quantized) -> Array:
     return lax.platform_dependent(cpu=lambda: derived_from(otherwise, fast, x, w), default=lambda: otherwise(x, w))
 
 
 def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
-    rows = _as_rows(x, dims).astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-36)
-    number = jnp.round(rows / largest * WHOLE).astype(jnp.int32)
-    number += 128 * (1 + 256 + 256**2)  # so that each byte of it is a digit's code, 128 larger
-    shifts = jnp.asarray([16, 8, 0])[:, None, None]
-    codes = lax.optimization_barrier(((number >> shifts & 255) - 128).astype(jnp.int8))  # or XLA makes them twice
+    codes, largest = _digits(_as_rows(x, dims))
     total: Any = 0.0
     for sums in _sums(codes, w, dims):
         total = total * 256 + sums.astype(jnp.float32)
     return _as_output(total / WHOLE * largest, x, w, dims)
 
 
+def _grouped_product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
+    codes, largest = _digits(_as_rows(x, dims))
+    return _as_output(in_groups.group_sums(codes, w) / WHOLE * largest, x, w, dims)
+
+
+def _digits(rows: Array) -> tuple[Int8[Array, "3 rows n"], Float[Array, "rows 1"]]:
+    """The digits' codes, of which the last ones count in `1 / WHOLE` of the row's largest value; and those."""
+    rows = rows.astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-36)
+    number = jnp.round(rows / largest * WHOLE).astype(jnp.int32)
+    number += 128 * (1 + 256 + 256**2)  # so that each byte of it is a digit's code, 128 larger
+    shifts = jnp.asarray([16, 8, 0])[:, None, None]
+    codes = lax.optimization_barrier(((number >> shifts & 255) - 128).astype(jnp.int8))  # or XLA makes them twice
+    return codes, largest
+
+
 def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list[Int32[Array, "rows columns"]]:
     along, n = _along(w, dims), codes.shape[-1]
     assert along is not None  # who calls has looked
-    return integer_sums(codes, w.values.reshape((-1, n * w.bits // 8) if along else (n, -1)), along, w.bits)
+    products = integer_sums(codes, w.values.reshape((-1, n * w.bits // 8) if along else (n, -1)), along, w.bits)
+    if w.zero_point is None:
+        return products
+    outputs = [1 if axis in dims.w_contract else size for axis, size in enumerate(w.shape)]
+    zero = jnp.broadcast_to(w.spread(w.zero_point).astype(jnp.int32), outputs).reshape(1, -1)
+    of_inputs = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32)
+    return [sums - zero * of_input for sums, of_input in zip(products, of_inputs, strict=True)]
 
 
 def _along(w: Quantized, dims: Dims) -> int | None:

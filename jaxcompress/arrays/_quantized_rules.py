@@ -20,7 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxcompress.arrays._digits import by_digits, integer_codes, is_laid_for_integers, suits
+from jaxcompress.arrays._digits import (
+    by_digits,
+    groups_by_codes,
+    groups_by_digits,
+    integer_codes,
+    is_laid_for_integers,
+    suits,
+)
 from jaxcompress.arrays._gpu import LEAST, row_twice
 from jaxcompress.arrays._integers import beats_bytes, exact, multiply_integers
 from jaxcompress.arrays._lanes import LARGE
@@ -97,26 +104,31 @@ def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, An
 
 
 def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    def grouped(x: Array, w: Quantized, zero: Array | None = None) -> Array:
-        return by_columns(functools.partial(_dot_groups, dims=dims, params=params, zero=zero), x, w, dims)
-
     def floats(x: Array, w: Quantized) -> Array:
-        x, decode = rounded_input(x, w, dims), _scaled if w.of_integers else None
-        return tiled(grouped, x, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
+        def decoded(x: Array, w: Quantized) -> Array:
+            on_cpu = functools.partial(_dot_columns_scaled, dims=dims, params=params)
+            wide, decode = x.astype(compute_dtype(x)), _scaled if w.of_integers else None
+            return tiled(on_cpu, wide, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
+
+        return groups_by_digits(decoded, rounded_input(x, w, dims), w, dims)
 
     def integers(x: Array, w: Quantized) -> Array:
         codes, step, zero = input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
 
-        def product(codes: Array) -> Array:
-            at_once = functools.partial(grouped, zero=zero)
+        def grouped(codes: Array, w: Quantized) -> Array:
+            return by_columns(functools.partial(_dot_groups, dims=dims, params=params, zero=zero), codes, w, dims)
 
+        def product(codes: Array) -> Array:
             def whole() -> Array:
                 if w.group is None or jax.device_count() > 1 or groups_at_once(codes, w, dims):
-                    return at_once(codes, w)
+                    return grouped(codes, w)
                 # of many rows the groups' products take more memory than all else
-                return part_by_part(at_once, codes, w, dims, w.group[0] + w.ndim, w.group[1])
+                return part_by_part(grouped, codes, w, dims, w.group[0] + w.ndim, w.group[1])
 
-            return tiled(at_once, codes, w, dims, whole=whole)
+            def tiles() -> Array:
+                return tiled(grouped, codes, w, dims, whole=whole)
+
+            return groups_by_codes(tiles, codes, zero, w, dims)
 
         return row_twice(product, codes, dims) * _along_weight(step, dims, w.ndim)
 
@@ -124,19 +136,26 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
 
 def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    """Of groups at once: a batch axis on a CPU, and on a GPU while their products are fewer than the weights.
+    """Of groups at once: a batch axis on a GPU while their products are fewer than the weights; else the weight scaled.
 
-    Elsewhere XLA decodes a scaled weight inside one plain product.
+    Where it is no CPU XLA decodes a scaled weight inside the product, and rounds it as the input is.
     """
 
-    def fused() -> Array:
-        return by_columns(functools.partial(_dot_scaled, dims=dims, params=params), x, w, dims)
+    def scaled() -> Array:
+        return _dot_columns_scaled(x, w, dims, params)
 
     def grouped() -> Array:
         return by_columns(functools.partial(_dot_groups, dims=dims, params=params), x, w, dims)
 
+    def wide() -> Array:
+        return _dot_columns_scaled(x.astype(compute_dtype(x)), w, dims, params)
+
     few = w.levels is None and groups_at_once(x, w, dims)
-    return lax.platform_dependent(cpu=grouped, cuda=grouped if few else fused, default=fused)
+    return lax.platform_dependent(cpu=wide, cuda=grouped if few else scaled, default=scaled)
+
+
+def _dot_columns_scaled(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    return by_columns(functools.partial(_dot_scaled, dims=dims, params=params), x, w, dims)
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:

@@ -57,11 +57,14 @@ LAID = {
 @pytest.mark.parametrize("has_bytes", [True, False])
 @pytest.mark.parametrize("rows", [(2,), (3, 2), (128,)])
 @pytest.mark.parametrize("laid", LAID)
-def test_products_are_as_near_as_those_of_floats(monkeypatch, rng, laid, rows, has_bytes):
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_are_as_near_as_those_of_floats(monkeypatch, rng, laid, rows, has_bytes, symmetric):
     with_bytes(monkeypatch, has_bytes)
     monkeypatch.setattr(_byte_products, "UNPACKED", 96 * 64)
     how, shape, bits = LAID[laid]
-    w = to_codes(jnp.asarray(rng.normal(size=shape), jnp.float32), Affine(bits, axes=()))
+    free = -1 if "o" in how.split("->")[0].split(",")[1][-1] else 0
+    spec = Affine(bits, axes=() if symmetric or "heads" in laid else (free,), symmetric=symmetric)
+    w = to_codes(jnp.asarray(rng.normal(size=shape) + (not symmetric), jnp.float32), spec)
     w = w.outputs_first() if laid == "outputs first" else w
     x = rng.normal(size=(*rows, *((12, 8) if "hd," in how else (96,))))
     x *= np.exp(rng.normal(size=x.shape))
