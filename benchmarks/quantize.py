@@ -70,11 +70,11 @@ def codebook(rounds: int) -> Figures:
     return figures
 
 
-SIZE, ROWS = 4096, (1, 4, 16)
+SIZE, ROWS = 4096, (1, 4, 16, 128)
 
 
 def _products(
-    scheme: quantize.Affine, rounds: int, outputs_first: bool = False, product: Callable[..., jax.Array] = jnp.dot
+    scheme: Any, rounds: int, outputs_first: bool = False, product: Callable[..., jax.Array] = jnp.dot
 ) -> dict[str, Figure]:
     """`x @ w` with the compressed weight against the float32 one, for few rows of x; and the compiled temporaries."""
     weight = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / 64
@@ -96,8 +96,19 @@ def _products(
 
 @benchmark("quantize.weight_only")
 def weight_only(rounds: int) -> Figures:
-    """Products of 1, 4 and 16 rows with a 4096x4096 weight in int8 and in int4, against float32."""
-    schemes = {"int8": quantize.Affine(bits=8), "int4": quantize.Affine(bits=4)}
+    """Products of 1, 4, 16 and 128 rows with a 4096x4096 weight in each format, against float32."""
+    schemes = {
+        "int8": quantize.Affine(bits=8),
+        "int4": quantize.Affine(bits=4),
+        "int4_zero": quantize.Affine(bits=4, symmetric=False),
+        "int8_groups": quantize.Affine(bits=8, group=(0, 128)),
+        "int4_groups": quantize.Affine(bits=4, group=(0, 128)),
+        "int4_groups_zero": quantize.Affine(bits=4, group=(0, 128), symmetric=False),
+        "nf4": quantize.NF4(),
+        "codebook_16": quantize.KMeans(16),
+        "ternary": quantize.Ternary(),
+        "binary": quantize.Binary(),
+    }
     return {
         f"{name}.{rows}": figure
         for name, scheme in schemes.items()
@@ -107,8 +118,14 @@ def weight_only(rounds: int) -> Figures:
 
 @benchmark("quantize.integer")
 def integer(rounds: int) -> Figures:
-    """The same with inputs in int8 too, as products of integers."""
-    return _products(INT8, rounds)
+    """The same with inputs in int8 too, as products of integers; of weights in int8, in int4, and in groups."""
+    four = dataclasses.replace(INT8, bits=4)
+    in_groups = {
+        f"{name}_groups": dataclasses.replace(s, group=(0, 128)) for name, s in (("int8", INT8), ("int4", four))
+    }
+    others = {"int4": four, **in_groups}
+    found = {f"{name}.{rows}": f for name, scheme in others.items() for rows, f in _products(scheme, rounds).items()}
+    return {**_products(INT8, rounds), **found}
 
 
 @benchmark("quantize.tied")

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Int8, UInt8
 
 
 def pack_bits(mask: Bool[Array, "*lead n"]) -> UInt8[Array, "*lead bytes"]:
@@ -69,6 +69,17 @@ def from_table(table: Array, indices: Array) -> Array:
     sharding = jax.typeof(indices).sharding
     kept = sharding if any(entry is not None for entry in sharding.spec) else None
     return table.at[indices].get(mode="promise_in_bounds", out_sharding=kept)
+
+
+@jax.jit
+def chosen(values: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"]) -> Array:
+    """`values[..., indices]` by selects, half of the values by each bit of an index."""
+    among = [values[..., i] for i in range(values.shape[-1])]
+    for bit in range((len(among) - 1).bit_length()):
+        odd = (indices >> bit) & 1 == 1
+        pairs = [among[i : i + 2] for i in range(0, len(among), 2)]
+        among = [jnp.where(odd, pair[1], pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
+    return jnp.broadcast_to(among[0], indices.shape)
 
 
 def repeated(x: Array, times: int, axis: int) -> Array:

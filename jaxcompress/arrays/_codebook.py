@@ -10,10 +10,11 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, UInt8
 
-from jaxcompress.arrays._bits import from_table, index_parts, pack_indices, unpack_indices
+from jaxcompress.arrays._bits import chosen, from_table, index_parts, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
 
 FUSED = 128  # centroids; of twice as many XLA for a TPU wrote the selects to memory, 25 GB of them
+IN_REGISTERS = 16  # centroids that a CPU holds there
 
 
 class Codebook(Leaf):
@@ -71,9 +72,10 @@ class Codebook(Leaf):
     def chosen(self) -> Array:
         """The dense value by selects, half of the centroids by each bit of an index.
 
-        A TPU looks up slowly and writes down what it finds; selects among at most `FUSED` it fuses into a product.
+        A TPU looks up slowly and writes down what it finds; selects among at most `FUSED` it fuses into a product. A
+        CPU looks up one number at a time, and selects many, among as many as its registers hold.
         """
-        return _choose(_values(self.centroids, self.keep_zeros), self.codes())
+        return chosen(_values(self.centroids, self.keep_zeros), self.codes())
 
     def found(self) -> Array:
         """The dense value by one lookup in all codebooks, end to end, which XLA for a GPU fuses into sums."""
@@ -149,13 +151,3 @@ def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"
 def _values(centroids: Array, keep_zeros: bool) -> Array:
     # not a centroid that happens to be zero: it would learn
     return centroids.at[..., 0].set(0) if keep_zeros else centroids
-
-
-@jax.jit
-def _choose(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"]) -> Array:
-    values = [centroids[..., i] for i in range(centroids.shape[-1])]
-    for bit in range((len(values) - 1).bit_length()):
-        odd = (indices >> bit) & 1 == 1
-        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
-        values = [jnp.where(odd, pair[1], pair[0]) if len(pair) == 2 else pair[0] for pair in pairs]
-    return jnp.broadcast_to(values[0], indices.shape)

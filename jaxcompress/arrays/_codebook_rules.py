@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._codebook import FUSED, Codebook, look_up
+from jaxcompress.arrays._codebook import FUSED, IN_REGISTERS, Codebook, look_up
 from jaxcompress.arrays._gpu import FEW, LEAST, by_sums, has_rows
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
@@ -20,6 +20,7 @@ from jaxcompress.arrays._products import (
     by_columns,
     compute_dtype,
     constrain_like,
+    derived_from,
     is_float,
     register_product,
 )
@@ -35,24 +36,32 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
     def product(x: Array, w: Codebook, decode: Callable[[Codebook], Array] = Codebook.materialise) -> Array:
         return lax.dot_general(x, decode(w), dims.numbers, preferred_element_type=compute_dtype(x), **kwargs)
 
-    def chosen() -> Array:
+    def by_selects(x: Array, w: Codebook) -> Array:
         return by_columns(functools.partial(product, decode=Codebook.chosen), x, w, dims)
 
-    def whole() -> Array:
-        def plain() -> Array:
-            return product(x, w)
-
-        def summed() -> Array:
-            return by_sums(product, Codebook.found, x, w, dims)
-
+    def whole(x: Array, w: Codebook, on_cpu: Callable[[Array, Codebook], Array]) -> Array:
         if kwargs["out_sharding"] is not None:
-            return plain()
-        ways = {"tpu": chosen} if w.centroids.shape[-1] <= FUSED else {}
+            return product(x, w)
+        ways = {"cpu": on_cpu}
+        if w.centroids.shape[-1] <= FUSED:
+            ways["tpu"] = by_selects
         if w.size >= LEAST and has_rows(x, min(FEW * 4 // w.bits, 2 * FEW), dims):
-            ways["cuda"] = summed
-        return lax.platform_dependent(default=plain, **ways)
+            ways["cuda"] = functools.partial(by_sums, product, Codebook.found, dims=dims)
+        return lax.platform_dependent(x, w, default=product, **ways)
 
-    return tiled(product, x, w, dims, whole=whole).astype(params["preferred_element_type"] or x.dtype)
+    def tiles(x: Array, w: Codebook, on_cpu: Any, decode: Any = None) -> Array:
+        return tiled(on_cpu, x, w, dims, whole=lambda: whole(x, w, on_cpu), decode=decode)
+
+    looked_up = functools.partial(tiles, on_cpu=product)
+    if w.centroids.shape[-1] > IN_REGISTERS:
+        out = looked_up(x, w)
+    else:  # but a gradient adds up what belongs to a centroid, and is slow as the transpose of selects
+        out = derived_from(looked_up, functools.partial(tiles, on_cpu=by_selects, decode=_columns_chosen), x, w)
+    return out.astype(params["preferred_element_type"] or x.dtype)
+
+
+def _columns_chosen(w: Codebook, dtype: Any) -> list[Array]:
+    return [column.chosen().astype(dtype) for column in w.columns()]
 
 
 @register(lax.conv_general_dilated_p)

@@ -1,4 +1,4 @@
-"""Products of a few rows of floats with int8 codes on a CPU, as products of integers.
+"""Products of a few rows of floats with integer codes on a CPU, as products of integers.
 
 A row of input is its largest value times `(d0 + d1 / 256 + d2 / 256^2) / 127`, with digits of a byte each: as near to
 it as float32 is to its largest value. The digits' products with the codes are exact sums of integers, which a

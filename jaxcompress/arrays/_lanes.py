@@ -19,8 +19,11 @@ from jaxcompress.arrays._products import Dims, compute_dtype
 
 LANES, TERMS = 8, 8
 LEAST = 1 << 8  # fewer weights along the contracted axis are not worth a loop
-FEW = 4  # sums that each decoded weight goes into; with more of them a product of tiles is faster
-LARGE = 1 << 22  # so many weights a sum come from memory; out of a cache tiles come as fast, and multiply faster
+FEW, TWO = (
+    4,
+    2,
+)  # sums a column, all rows' and all parts'; with more, and more than two rows, products of tiles are faster
+LARGE = 1 << 22  # so many weights a row come from memory; out of a cache tiles come as fast, and multiply faster
 
 Decode = Callable[[Any, Any], list[Array]]
 """`(part of the weight, dtype) -> arrays` that stand interleaved along the last axis; one, where nothing is packed."""
@@ -43,7 +46,8 @@ def suits(decode: Decode, w: Any, dims: Dims, rows: int, depth: int) -> bool:
     if n % LANES or n // LANES > depth or max(unit, LANES) % min(unit, LANES):
         return False
     sums = rows * len(jax.eval_shape(lambda w: decode(w.tile(dims.w_contract[0], 0, LANES), jnp.float32), w))
-    return 0 < sums <= FEW and _terms(n) >= TERMS // 2 and n >= LEAST and math.prod(w.shape) >= LARGE * sums
+    few = 0 < rows <= TWO or 0 < sums <= FEW
+    return few and _terms(n) >= TERMS // 2 and n >= LEAST and math.prod(w.shape) >= LARGE * rows
 
 
 def by_lanes(decode: Decode, x: Array, w: Any, dims: Dims, dtype: Any) -> Array:

@@ -9,10 +9,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int4, Int8, UInt8
 
-from jaxcompress.arrays._bits import from_table, pack_signed, repeated, signed_parts, unpack_signed
+from jaxcompress.arrays._bits import chosen, from_table, pack_signed, repeated, signed_parts, unpack_signed
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
 
@@ -168,8 +169,8 @@ class Quantized(Leaf):
         """What codes stand for, before the zero point and the scale."""
         if self.levels is None:
             return codes.astype(dtype)
-        table = jnp.asarray(self.levels, dtype)
-        return from_table(table, codes.astype(jnp.int32) & (len(self.levels) - 1))
+        table, indices = jnp.asarray(self.levels, dtype), codes.astype(jnp.uint8) & (len(self.levels) - 1)
+        return lax.platform_dependent(table, indices, cpu=chosen, default=from_table)
 
     def centred(self, dtype: Any) -> Array:
         """The codes less their zero point: integers of at most 255 in magnitude, exact in bfloat16 too."""
@@ -191,9 +192,14 @@ class Quantized(Leaf):
         return self.activation_bits is not None and self.zero_point is None and self.of_integers
 
     @property
+    def of_codes(self) -> bool:
+        """Whether the values are integers, be it numbers or places in a table."""
+        return jnp.issubdtype(self.values.dtype, jnp.integer)
+
+    @property
     def of_integers(self) -> bool:
         """Whether the values are integers that stand for themselves."""
-        return jnp.issubdtype(self.values.dtype, jnp.integer) and self.levels is None
+        return self.of_codes and self.levels is None
 
     def unshared(self, length: int) -> Any:
         packed, grouped = self.length is not None and self.ndim == 1, self.group and self.group[0] == -self.ndim

@@ -107,7 +107,7 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
     def floats(x: Array, w: Quantized) -> Array:
         def decoded(x: Array, w: Quantized) -> Array:
             on_cpu = functools.partial(_dot_columns_scaled, dims=dims, params=params)
-            wide, decode = x.astype(compute_dtype(x)), _scaled if w.of_integers else None
+            wide, decode = x.astype(compute_dtype(x)), _scaled if w.of_codes else None
             return tiled(on_cpu, wide, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
 
         return groups_by_digits(decoded, rounded_input(x, w, dims), w, dims)
@@ -162,7 +162,7 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_i
     """The unscaled product of floats, decoded tile by tile where that is faster; inputs may be scaled first."""
     x = rounded_input(x, w, dims)
     x = x if per_input is None else x * per_input
-    decode = _centred if w.of_integers else None
+    decode = _centred if w.of_codes else None
     product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def floats(x: Array, w: Quantized) -> Array:

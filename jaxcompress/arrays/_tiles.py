@@ -98,7 +98,8 @@ def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, 
     larger, least = (LARGER, WORTH) if count >= MANY else (1, SMALL)
     if math.prod(w.shape) < least:
         return None
-    return _plan(w, dims, depth, larger * TILE, WIDE if count < FEW else math.isqrt(larger) * WIDTH)
+    apart = w.unit(len(w.shape) - 1)  # the codes of a byte are multiplied apart, and each part shall be a tile
+    return _plan(w, dims, depth, apart * larger * TILE, apart * (WIDE if count < FEW else math.isqrt(larger) * WIDTH))
 
 
 def _plan(w: Any, dims: Dims, depth: int, tile: int, width: int) -> tuple[int, int, int, int] | None:
