@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow_datasets as tfds
 
 from experiments import (
     _distilling,
@@ -183,17 +184,23 @@ def test_the_pairs_and_their_recipe():
     np.testing.assert_allclose(params["w"], w, rtol=1e-5)
 
 
-def test_cifar100_is_read_from_its_binary_version(tmp_path):
+def test_cifar100_through_the_official_builder(tmp_path):
+    """From the binary version's files, and then from the records, which tfds itself knows."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 7), ("test", 3)):
-        labels, images = rng.integers(0, 100, (n, 2), np.uint8), rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
+        labels, images = rng.integers(0, (20, 100), (n, 2), np.uint8), rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
         planes = images.transpose(0, 3, 1, 2).reshape(n, -1)
         (tmp_path / f"{part}.bin").write_bytes(np.concatenate([labels, planes], axis=1).tobytes())
     root = prepared(_cifar100.SOURCE, tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.bin").unlink()
+    assert prepared(_cifar100.SOURCE, tmp_path) == root == tmp_path
     found, fine = read_records(_cifar100.SOURCE, root, "test")
     order = [next(i for i in range(3) if np.array_equal(images[i], image)) for image in found]
     assert sorted(order) == [0, 1, 2]
     np.testing.assert_array_equal(fine, labels[order, 1])
+    records = tfds.data_source("cifar100:3.0.2", split="test", data_dir=tmp_path, download=False)
+    assert [record["coarse_label"] for record in records] == labels[order, 0].tolist()
 
 
 def test_cifar100_files_that_are_none(tmp_path):
