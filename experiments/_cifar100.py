@@ -13,8 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from experiments._resnets import Resnet
+
+EMBEDDING = "embedding"
+"""The name of what a `Staged` network's last layer sees, `[batch, channels]`, for `linen.capture`."""
 
 
 class Conv(nn.Module):
@@ -185,7 +189,7 @@ class Staged(nn.Module):
             x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         if self.last is not None:
             x = nn.relu(Conv(self.last, 1)(x, train))
-        return nn.Dense(self.classes)(x.mean(axis=(1, 2)))
+        return nn.Dense(self.classes)(checkpoint_name(x.mean(axis=(1, 2)), EMBEDDING))
 
 
 def resnet(layers: int, times: int = 1) -> nn.Module:

@@ -109,18 +109,24 @@ class Mlp(nn.Module):
 
 
 class Room:
-    """A data set on the device, and what is measured on it."""
+    """A data set on the device, and what is measured on it.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+      config: the experiment's.
+      whole: train on the validation split too, where nothing is chosen.
+    """
+
+    def __init__(self, config: Config, whole: bool = False) -> None:
         if config.seeds < 1 or config.epochs < 1:
             raise UsageError(f"want 1 seed and 1 epoch or more, got {config.seeds} and {config.epochs}")
         self.config = config
         self.dataset: Dataset = load(config.data, config.data_dir)
-        self.images, self.labels = (
-            jnp.asarray(self.dataset.train.inputs()[: config.examples]),
-            jnp.asarray(self.dataset.train.labels)[: config.examples],
-        )
         validation = self.dataset.validation
+        splits = [self.dataset.train, *([validation] if whole else [])]
+        self.images, self.labels = (
+            jnp.concatenate([jnp.asarray(split.inputs()) for split in splits])[: config.examples],
+            jnp.concatenate([jnp.asarray(split.labels) for split in splits])[: config.examples],
+        )
         self.validation = (jnp.asarray(validation.inputs()), jnp.asarray(validation.labels))
         self.batch = min(config.batch_size, len(self.labels))
         self.steps = len(self.labels) // self.batch  # an epoch

@@ -19,6 +19,8 @@ class Seen(NamedTuple):
 
     logits: jax.Array
     maps: tuple[jax.Array, ...]
+    embedding: jax.Array | None = None
+    """`[batch, channels]`, what the last layer sees, where that is not the last map's mean."""
 
     @property
     def active(self) -> tuple[jax.Array, ...]:
@@ -27,8 +29,8 @@ class Seen(NamedTuple):
 
     @property
     def pooled(self) -> jax.Array:
-        """The last map's mean over pixels, `[batch, channels]`."""
-        return jnp.mean(nn.relu(self.maps[-1]), axis=(1, 2))
+        """The embedding, or the last map's mean over pixels, `[batch, channels]`."""
+        return jnp.mean(nn.relu(self.maps[-1]), axis=(1, 2)) if self.embedding is None else self.embedding
 
 
 Term = Callable[[Any, Seen, Seen, Lesson], Any]
@@ -51,9 +53,15 @@ class Method(NamedTuple):
 class Pair(NamedTuple):
     """What projectors must know of teacher and student."""
 
-    student: tuple[tuple[int, int, int], ...]  # (height, width, channels) of each stage
+    student: tuple[tuple[int, int, int], ...]  # (height, width, channels) of each stage, two or more
     teacher: tuple[tuple[int, int, int], ...]
     margins: tuple[jax.Array, ...]  # of the teacher's stages, for OFD
+    embeddings: tuple[int, int] | None = None  # channels of the student's and the teacher's, where `Seen` has any
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """Channels of `Seen.pooled` on both sides."""
+        return self.embeddings or (self.student[-1][-1], self.teacher[-1][-1])
 
 
 def each(loss: Callable[..., jax.Array]) -> Term:
@@ -97,18 +105,23 @@ def over_stages(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def flows(ours: Any, theirs: Any) -> Any:
     """FSP between each stage and the next."""
-    return sum(jnp.mean(distill.flow_loss(ours[i : i + 2], theirs[i : i + 2])) for i in (0, 1))
+    return sum(jnp.mean(distill.flow_loss(ours[i : i + 2], theirs[i : i + 2])) for i in range(len(ours) - 1))
 
 
-def methods(pair: Pair) -> dict[str, Method]:
-    """Every method by name, with the weights of Tian et al. 2020's code for CIFAR-100 where it has the method."""
-    middle, last = 1, -1
+def methods(pair: Pair, beta: float = 2.0) -> dict[str, Method]:
+    """Every method by name, with the weights of Tian et al. 2020's code for CIFAR-100 where it has the method.
+
+    Args:
+      pair: what it is for.
+      beta: the weight of the other classes in decoupled distillation.
+    """
+    middle, last = len(pair.student) // 2, -1
     hint = distill.conv_projector(pair.student[middle], pair.teacher[middle])
     variational = distill.variational_projector(pair.student[last][-1], pair.teacher[last][-1])
     review: Any = distill.review_fusion(pair.student, pair.teacher, channels=pair.student[last][-1])
-    heads: Any = distill.contrastive_heads(pair.student[last][-1], pair.teacher[last][-1], 64)
+    heads: Any = distill.contrastive_heads(*pair.pooled, 64)
     translate = distill.translator(pair.student[last][-1], factor_channels(pair))
-    embed = distill.dense_projector(pair.student[last][-1], pair.teacher[last][-1])
+    embed = distill.dense_projector(*pair.pooled)
 
     def vid(p: Any, s: Seen, t: Seen, lesson: Lesson) -> Any:
         mean = variational.apply(p, s.active[last])
@@ -119,7 +132,10 @@ def methods(pair: Pair) -> dict[str, Method]:
 
     def overhaul(ours: Any, theirs: Any) -> Any:
         parts = zip(ours, theirs, pair.margins, strict=True)
-        return sum(jnp.mean(distill.margin_relu_loss(a, b, m)) / 2 ** (2 - i) for i, (a, b, m) in enumerate(parts))
+        deepest = len(ours) - 1
+        return sum(
+            jnp.mean(distill.margin_relu_loss(a, b, m)) / 2 ** (deepest - i) for i, (a, b, m) in enumerate(parts)
+        )
 
     def crd(p: Any, s: Seen, t: Seen, lesson: Lesson) -> Any:
         student, teacher = heads.apply(p, (s.pooled, t.pooled))
@@ -145,7 +161,7 @@ def methods(pair: Pair) -> dict[str, Method]:
         "top quarter, renormalised": Method(
             of_logits(distill.top_k_loss, k=0.25, tail=False, temperature=T), 0.9, 0.1
         ),
-        "decoupled (DKD)": Method(of_logits(distill.decoupled_loss, labels=True, beta=2.0)),
+        "decoupled (DKD)": Method(of_logits(distill.decoupled_loss, labels=True, beta=beta)),
         "DIST": Method(of_logits(distill.dist_loss, beta=2.0, gamma=2.0)),
         "standardised logits": Method(of_logits(distill.standardized_soft_target_loss), 0.9, 0.1),
         "multi-level logits": Method(of_logits(distill.multi_level_loss), 1.0, 1.0),

@@ -1,18 +1,18 @@
 """The literature's pairs under its own recipe: `python -m experiments.distill_pairs --data cifar100 --data-dir DIR`.
 
 One of the eleven pairs of the CIFAR-100 tables (`_cifar100.py`): the teacher, the student from labels alone, and the
-student by soft targets, decoupled and by logit standardisation, beside what the tables have. 240 epochs of SGD on moved
-and mirrored images, so the teacher looks at each batch anew: a setting for a GPU. With `--data cifar10`, and fewer
-epochs and images, the same runs where there is none. `--student pruned` is the teacher itself with whole channels cut
-out, trained on under what it was.
+student by any of the methods of `_methods.py` (`--methods all`), each at the literature's weight, beside what the
+tables have. 240 epochs of SGD on moved and mirrored images, so the teacher looks at each batch anew: a setting for a
+GPU. Nothing is chosen, so that the validation split is trained on too. With `--data cifar10`, and fewer epochs and
+images, the same runs where there is none. `--student pruned` is the teacher itself with whole channels cut out, trained
+on under what it was.
 """
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -28,13 +28,17 @@ from experiments._distilling import (
     gathered,
     hard,
     jittered,
-    logits_loss,
     parameters,
     written,
 )
+from experiments._methods import Method, Pair, Seen, T, factor_channels, methods
+from experiments._pairs import STATE, Network, Pruned, Standard, chosen, comparable, pair_of
 from experiments._results import Column
 from jaxcompress import distill
-from jaxcompress.prune import channels
+
+PRUNED, ALL = "pruned", "all"
+ALONE, SOFT, DECOUPLED, CONTRASTIVE = "labels alone", "soft targets (KD)", "decoupled (DKD)", "contrastive (CRD)"
+SELF, FACTORS, SYNTHETIC = "self-training", "factor transfer (FT)", ("re-weighting alone", "class similarity alone")
 
 
 @dataclass(frozen=True)
@@ -50,50 +54,17 @@ class Config(_distilling.Config):
     """A network of the tables, or pruned: what is left of the teacher."""
     left: float = 0.3
     """The share of the teacher's parameters that the pruned student has."""
-    temperature: float = 4.0
-    alpha: float = 0.9
-    methods: tuple[str, ...] = ()
-    """Some of the four; all by default."""
+    beta: float = 8.0
+    """The weight of the other classes in decoupled distillation."""
+    methods: tuple[str, ...] = (ALONE, SOFT, DECOUPLED, "standardised logits")
+    """Some of the methods, or all."""
 
 
-LABELS, SOFT, DECOUPLED, STANDARD = "labels alone", "soft targets", "decoupled", "standardised logits"
-PRUNED, STATE = "pruned", "batch_stats"
 SHORT = Config(
-    data="digits", seeds=1, examples=128, epochs=1, teacher="resnet20", student=PRUNED, methods=(LABELS, SOFT)
-)
+    data="digits", seeds=1, examples=128, epochs=1, teacher="resnet20", student=PRUNED,
+    methods=(ALONE, SOFT, "hint (FitNet)"),
+)  # fmt: skip
 """A run of a minute on digits, for tests; its accuracies mean nothing."""
-
-
-class Pruned:
-    """What is left of a network when the channels of the smallest L2 norm are cut; `apply` is as a Linen module's.
-
-    Args:
-      model: the network, with batch normalisation.
-      variables: its trained variables.
-      images: one or more, to trace it with.
-      left: the share of its parameters to be left.
-    """
-
-    def __init__(self, model: nn.Module, variables: Any, images: jax.Array, left: float) -> None:
-        def training(variables: Any, images: jax.Array) -> Any:
-            return model.apply(variables, images, train=True, mutable=[STATE])
-
-        groups = channels.groups(model.apply, variables, images)
-        self.plan = channels.plan(groups, channels.norm(groups, variables), parameters=left)
-        self.variables = self.plan.apply(variables)
-        freed = dataclasses.replace(self.plan, free_out=(f"^1/{STATE}",))
-        self._evaluate = channels.shrink(model.apply, variables, self.plan)
-        self._train = channels.shrink(training, variables, freed)
-
-    def apply(
-        self, variables: Any, images: jax.Array, train: bool = False, *, rngs: Any = None, mutable: Any = None
-    ) -> Any:
-        """Logits `[batch, classes]`; in training also the new batch statistics."""
-        return self._train(variables, images) if train else self._evaluate(variables, images)
-
-    def init(self, key: jax.Array, images: jax.Array) -> Any:
-        """The variables that are left, copied."""
-        return jax.tree.map(jnp.copy, self.variables)
 
 
 def varied(padding: int) -> Any:
@@ -108,55 +79,142 @@ def varied(padding: int) -> Any:
     return augment
 
 
+class Course:
+    """The two networks, what of them is compared, and the trainings under the recipe.
+
+    Args:
+      config: the experiment's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        c = self.config = config
+        self.room = room = Room(c, whole=True)
+        standard = Standard.of(room.images)
+
+        def network(name: str) -> Any:  # as a Linen module to the room
+            return Network(MODELS[name]().clone(classes=room.dataset.classes), standard)
+
+        self.teacher = network(c.teacher)
+        self.variables = room.trained("teacher", self.teacher, lambda: self._alone(self.teacher, c.teacher, 0))
+        self.student = network(c.student) if c.student != PRUNED else self._pruned()
+        shown: Any = jax.eval_shape(lambda: self.student.seen(room.init(self.student, 0), room.images[:1]))
+        seen = jax.jit(self.teacher.seen)(self.variables, room.images[:500])
+        self.stages = comparable([x.shape[1:] for x in shown.maps], [x.shape[1:] for x in seen.maps])
+        ours: Any = jax.eval_shape(partial(chosen, stages=self.stages[0]), shown)
+        self.pair = pair_of(ours, chosen(seen, self.stages[1]))
+        self.methods = methods(self.pair, c.beta)
+        self.coder = distill.paraphraser(self.pair.teacher[-1][-1], factor_channels(self.pair))
+
+    def students(self, name: str) -> Callable[[int], Any]:
+        """From a seed to the variables of a student taught by this method; all seeds share one compiled step."""
+        learn = self._learner(self.student, self.config.student, self.methods[name], name)
+        knobs = self._knobs(name)
+        return lambda seed: _network(learn(f"{name} {seed}", seed, knobs=knobs))
+
+    def _alone(self, network: Any, name: str, seed: int) -> Any:
+        """A network's variables after a training by labels alone."""
+        learn = self._learner(network, name, Method(lambda p, s, t, lesson: jnp.zeros(()), 0.0))
+        return _network(learn(f"{name}, {ALONE} {seed}", seed))
+
+    def _pruned(self) -> Any:
+        return Pruned(self.teacher, self.variables, self.room.images[:1], self.config.left)
+
+    def _knobs(self, name: str) -> dict[str, Any]:
+        """The teacher, and what else a method's step is told."""
+        room, knobs = self.room, {"teacher": self.variables, "examples": len(self.room.labels)}
+        if name in SYNTHETIC:
+            p = distill.temperature_softmax(room.logits(self.teacher, self.variables), T)
+            knobs["sure"] = jnp.take_along_axis(p, room.labels[:, None], axis=1).mean()
+        if name == SELF:  # the teacher is a student of a seed that is not the table's
+            knobs["itself"] = room.trained(
+                "student as teacher", self.student, lambda: self._alone(self.student, self.config.student, 1_000)
+            )
+        if name == FACTORS:
+            knobs["paraphraser"] = self._paraphraser()
+        return knobs
+
+    def _paraphraser(self) -> Any:
+        """Factor transfer's first phase: an autoencoder of the teacher's last map, on moved images as well."""
+        move = varied(Recipe().padding)
+
+        def loss(params: Any, extras: Any, lesson: Lesson) -> tuple[jax.Array, Any]:
+            images = move(lesson.images, jax.random.fold_in(lesson.key, 1))
+            x = chosen(self.teacher.seen(lesson.knobs, images), self.stages[1]).active[-1]
+            return jnp.mean(distill.hint_loss(self.coder.decode(params, self.coder.encode(params, x)), x)), extras
+
+        epochs = min(30, self.config.epochs)
+        learn = Learner(self.room, lambda seed: {"params": self.coder.init(jax.random.key(seed))}, loss, epochs=epochs)
+        return learn("paraphraser", 0, knobs=self.variables)["params"]
+
+    def _learner(self, network: Any, of: str, method: Method, name: str | None = None) -> Learner:
+        """The training of `network` under the recipe of the name `of`; the name of no method means no teacher."""
+        room, recipe = self.room, Recipe.of(of, self.config.epochs)
+        move, ramp = varied(recipe.padding), 20 * room.steps if name == DECOUPLED else 0  # the paper's warm-up
+
+        def init(seed: int) -> dict[str, Any]:
+            variables = room.init(network, seed)
+            params = {"student": variables["params"], "beside": method.init(jax.random.key(10_000 + seed))}
+            memory = distill.contrast_memory(jax.random.key(seed), len(room.labels), 64) if name == CONTRASTIVE else {}
+            return {"params": params, STATE: variables[STATE], "memory": memory}
+
+        def loss(params: Any, extras: Any, lesson: Lesson) -> tuple[jax.Array, Any]:
+            images = move(lesson.images, jax.random.fold_in(lesson.key, 1))
+            seen, state = network.trained({"params": params["student"], STATE: extras[STATE]}, images)
+            total, memory = method.hard * jnp.mean(hard(seen.logits, lesson)), extras["memory"]
+            if name is not None:  # what a method does not use is not computed
+                lesson = lesson._replace(images=images, extras=extras)
+                theirs = self.teacher.seen(lesson.knobs["teacher"], images)
+                lesson = lesson._replace(rows=self._rows(theirs, lesson))
+                ours, theirs = chosen(seen, self.stages[0]), chosen(theirs, self.stages[1])
+                term = method.term(params["beside"], ours, theirs, lesson)
+                term, memory = term if name == CONTRASTIVE else (term, memory)
+                weight = method.weight * (jnp.minimum(lesson.step / ramp, 1) if ramp else 1)
+                total += weight * jnp.mean(term)
+            return total, {STATE: state, "memory": memory}
+
+        return Learner(room, init, loss, tx=recipe.optimizer(room.steps))
+
+    def _rows(self, theirs: Seen, lesson: Lesson) -> dict[str, jax.Array]:
+        """What methods look up of a batch: the synthetic teachers, a copy of the student, the factors."""
+        knobs, rows = lesson.knobs, {}
+        if "sure" in knobs:
+            rows["weighing"] = distill.reweighting_teacher(distill.temperature_softmax(theirs.logits, T), lesson.labels)
+            kernel = knobs["teacher"]["params"]["Dense_0"]["kernel"]
+            rows["alike"] = distill.class_similarity_teacher(
+                kernel, lesson.labels, sharpness=1 / 0.3, confidence=knobs["sure"]
+            )
+        if "itself" in knobs:
+            rows["itself"] = self.student.apply(knobs["itself"], lesson.images)
+        if "paraphraser" in knobs:
+            last = chosen(theirs, self.stages[1]).active[-1]
+            rows["factors"] = self.coder.encode(knobs["paraphraser"], last)
+        return rows
+
+
+def _network(trained: Any) -> dict[str, Any]:
+    """A student's variables, without what learned beside it."""
+    return {"params": trained["params"]["student"], STATE: trained[STATE]}
+
+
 def main(config: Config) -> _results.Result:
     """Trains the teacher and the students, and writes the result and the figure."""
-    c = config
+    c, shapes = config, ((8, 8, 4),) * 3
+    known = tuple(methods(Pair(shapes, shapes, (jnp.zeros(4),) * 3)))  # which there are does not depend on the networks
+    names = known if c.methods == (ALL,) else c.methods
     if unknown := {c.teacher, c.student} - {*MODELS, PRUNED} | {c.teacher} & {PRUNED}:
         raise UsageError(f"no network {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
-    if unknown := set(c.methods) - {LABELS, SOFT, DECOUPLED, STANDARD}:
-        raise UsageError(f"no method {', '.join(sorted(unknown))}: there are {LABELS}, {SOFT}, {DECOUPLED}, {STANDARD}")
-    room = Room(c)
-    teacher = MODELS[c.teacher]().clone(classes=room.dataset.classes)
+    if unknown := set(names) - set(known):
+        raise UsageError(f"no method {', '.join(sorted(unknown))}: there are {', '.join(known)}, or {ALL}")
+    course = Course(c)
+    room = course.room
+    top = room.kept("teacher", lambda: room.test("teacher", course.teacher, course.variables))
+    figures = [(f"teacher {c.teacher}", 0, {"accuracy": top, "size": parameters(course.variables)})]
+    size = parameters(room.init(course.student, 0))
+    for name in names:
+        students = course.students(name)
 
-    def learner(model: Any, name: str, loss: Any) -> Learner:
-        recipe = Recipe.of(name, c.epochs)
-        return room.learner(model, logits_loss(model, loss, varied(recipe.padding)), tx=recipe.optimizer(room.steps))
-
-    def guidance(lesson: Lesson) -> Any:
-        return teacher.apply(lesson.knobs, lesson.images)
-
-    def soft(logits: jax.Array, lesson: Lesson) -> jax.Array:
-        return distill.distillation_loss(
-            logits, guidance(lesson), lesson.labels, alpha=c.alpha, temperature=c.temperature
-        )
-
-    def decoupled(logits: jax.Array, lesson: Lesson) -> jax.Array:
-        weight = jnp.minimum(lesson.step / (20 * room.steps), 1)  # the paper's warm-up of 20 epochs
-        return hard(logits, lesson) + weight * distill.decoupled_loss(logits, guidance(lesson), lesson.labels)
-
-    def standardised(logits: jax.Array, lesson: Lesson) -> jax.Array:
-        apart = distill.standardized_soft_target_loss(logits, guidance(lesson), temperature=2.0)
-        return (1 - c.alpha) * hard(logits, lesson) + c.alpha * apart
-
-    learn = learner(teacher, c.teacher, hard)
-    variables = room.trained("teacher", teacher, lambda: learn("teacher", 0))
-    top = room.kept("teacher", lambda: room.test("teacher", teacher, variables))
-    figures = [(f"teacher {c.teacher}", 0, {"accuracy": top, "size": parameters(variables)})]
-    student: Any
-    if c.student == PRUNED:
-        student = Pruned(teacher, variables, room.images[:1], c.left)
-    else:
-        student = MODELS[c.student]().clone(classes=room.dataset.classes)
-    size = parameters(room.init(student, 0))
-    losses = {LABELS: hard, SOFT: soft, DECOUPLED: decoupled, STANDARD: standardised}
-    for name, loss in losses.items():
-        if c.methods and name not in c.methods:
-            continue
-        pupil = learner(student, c.student, loss)
-
-        def measured(seed: int, name: str = name, pupil: Learner = pupil) -> float:
-            trained = pupil(f"{name} {seed}", seed, knobs=None if name == LABELS else variables)
-            return room.test(f"{name}, seed {seed}", student, trained)
+        def measured(seed: int, name: str = name, students: Callable[[int], Any] = students) -> float:
+            return room.test(f"{name}, seed {seed}", course.student, students(seed))
 
         for seed in range(c.seeds):
             value = room.kept(f"{name}, seed {seed}", partial(measured, seed))
@@ -165,11 +223,11 @@ def main(config: Config) -> _results.Result:
     published = next((p.published for p in PAIRS if (p.teacher, p.student) == (c.teacher, c.student)), None)
     paper = {}
     if published and c.data == "cifar100":
-        their = (f"teacher {c.teacher}", f"{c.student}, {LABELS}", f"{c.student}, {SOFT}")
+        their = (f"teacher {c.teacher}", f"{c.student}, {ALONE}", f"{c.student}, {SOFT}")
         paper = {name: {"accuracy": value} for name, value in zip(their, published, strict=True)}
     rows = gathered(figures, paper)
-    names, alone = [row.name for row in rows], f"{c.student}, {LABELS}"
-    others = [name for name in names[1:] if name != alone]
+    row_names, alone = [row.name for row in rows], f"{c.student}, {ALONE}"
+    others = [name for name in row_names[1:] if name != alone]
     result = room.result(
         name=f"distill_pairs_{c.teacher}_{c.student}_{c.data}".lower().replace("-", "_"),
         title=f"{c.teacher} teaches {c.student}, on {c.data}",
@@ -178,24 +236,32 @@ def main(config: Config) -> _results.Result:
         selection="nothing was chosen",
         columns=[Column("accuracy", "test accuracy (%)"), Column("size", "parameters", 0)],
         rows=rows,
-        pairs=[("accuracy", name, alone) for name in others] if c.seeds > 1 and alone in names else (),
-        notes=[
-            f"{len(room.labels):,} training images, batches of {room.batch}, {c.epochs} epochs, SGD with momentum 0.9"
-            f" and"
-            " weight decay 0.0005, three drops of the rate; crops of the padded image, mirrored at random.",
-            *(
-                [
-                    f"Pruned: the channels of the smallest L2 norm are cut, {c.left:.0%} of the parameters are left and"
-                    " trained on with the same recipe."
-                ]
-                if c.student == PRUNED
-                else []
-            ),
-        ],
+        pairs=[("accuracy", name, alone) for name in others] if c.seeds > 1 and alone in row_names else (),
+        notes=notes(course),
     )
     return written(
         result, c, lambda path: bars(path, rows, "accuracy", x_title="test accuracy (%)", title=result.title)
     )
+
+
+def notes(course: Course) -> list[str]:
+    """What a table should say of the training."""
+    c, room = course.config, course.room
+    both = len(room.labels) > len(room.dataset.train)
+    found = [
+        f"{len(room.labels):,} training images{', those of the validation split among them' if both else ''}, batches"
+        f" of {room.batch}, {c.epochs} epochs, SGD with momentum 0.9 and weight decay 0.0005, three drops of the rate;"
+        " images are standardised, crops of the padded image, mirrored at random.",
+        "Each term has the literature's weight beside the labels' cross entropy. Maps that are compared: stages"
+        f" {', '.join(map(str, course.stages[0]))} of the student with {', '.join(map(str, course.stages[1]))} of the"
+        " teacher.",
+    ]
+    if c.student == PRUNED:
+        found.append(
+            f"Pruned: the channels of the smallest L2 norm are cut, {c.left:.0%} of the parameters are left and trained"
+            " on with the same recipe."
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""CIFAR-100 from the binary version's two files, `train.bin` and `test.bin`, with the 100 fine labels.
+"""CIFAR-100 through tfds's official builder: from its prepared files, or from the binary version's two files on disk.
 
-A record is 3,074 bytes: the coarse label, the fine label, and 1,024 bytes each of red, green and blue, row by row.
+A record of the binary version is 3,074 bytes: the coarse label, the fine label, and 1,024 bytes each of red, green and
+blue, row by row. Labels are the 100 fine ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,30 @@ from experiments.data._prepare import DataNotFoundError, Source
 PARTS = ("train", "test")
 RECORD = 2 + 3 * 32 * 32
 
+with tfds.core.registered.skip_registration():  # or it would stand in the official builder's place
 
-class Cifar100Binary(tfds.core.GeneratorBasedBuilder):
-    """The images and their fine labels."""
+    class _Cifar100FromDisk(tfds.image_classification.Cifar100):
+        """The official builder, but that it takes its two files from disk, without TensorFlow."""
 
-    VERSION = tfds.core.Version("1.0.0")
+        name = "cifar100"
 
-    def __init__(self, *, files: dict[str, Path] | None = None, **kwargs: Any) -> None:
-        self._files = files or {}
-        super().__init__(**kwargs)
+        def __init__(self, *, files: Mapping[str, Path], **kwargs: Any) -> None:
+            self._files = files
+            super().__init__(**kwargs)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Image(shape=(32, 32, 3), encoding_format="png")
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="CIFAR-100, binary version",
-            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=100)}),
-            supervised_keys=("image", "label"),
-        )
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {part: self._generate_examples(part, path) for part, path in self._files.items()}
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {part: self._generate_examples(path) for part, path in self._files.items()}
-
-    def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        content = np.fromfile(path, np.uint8)
-        if not len(content) or len(content) % RECORD:
-            raise UsageError(f"{path} is not of CIFAR-100's binary version: {len(content)} bytes are no whole records")
-        for i, record in enumerate(content.reshape(-1, RECORD)):
-            pixels = record[2:].reshape(3, 32, 32).transpose(1, 2, 0)
-            yield i, {"image": Image.fromarray(np.ascontiguousarray(pixels)), "label": int(record[1])}
+        def _generate_examples(self, part: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+            content = np.fromfile(path, np.uint8)
+            if not len(content) or len(content) % RECORD:
+                raise UsageError(
+                    f"{path} is not of CIFAR-100's binary version: {len(content)} bytes are no whole records"
+                )
+            for i, record in enumerate(content.reshape(-1, RECORD)):
+                pixels = np.ascontiguousarray(record[2:].reshape(3, 32, 32).transpose(1, 2, 0))
+                labels = {"coarse_label": int(record[0]), "label": int(record[1])}
+                yield i, {"id": f"{part}_{i:05d}", "image": Image.fromarray(pixels), **labels}
 
 
 def builder(originals: Path, into: Path) -> tfds.core.DatasetBuilder:
@@ -61,9 +57,9 @@ def builder(originals: Path, into: Path) -> tfds.core.DatasetBuilder:
             f" {', '.join(missing)} of the binary version in {originals / 'cifar-100-binary'} or {originals}. Give the"
             " folder that has them with --data-dir or $JAXCOMPRESS_DATA_DIR"
         )
-    return Cifar100Binary(files=files, data_dir=into, file_format="array_record")
+    return _Cifar100FromDisk(files=files, data_dir=into, file_format="array_record")
 
 
 SOURCE = Source(
-    "cifar100_binary", "1.0.0", classes=100, scale=255, train="train", test="test", validation=5000, builder=builder
+    "cifar100", "3.0.2", classes=100, scale=255, train="train", test="test", validation=5000, builder=builder
 )
