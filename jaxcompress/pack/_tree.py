@@ -10,8 +10,8 @@ The steps of a path are a dict's string keys (with `~` and `/` in them written `
 empty or begins like another kind of step has `~2` in front), its integer keys `#7`, and places in lists `[0]` and
 tuples `(0)`. Values are lines about arrays (`_arrays.py`), numbers, booleans, null, compressed leaves by their class
 and fields (what they mean is told where the class is defined, under `jaxcompress/arrays`; a field that is left out has
-its default, or stands for nothing), and `{"key": [impl, line]}` for typed PRNG keys. `{}`, `[]` and `{"tuple": []}` are empty containers;
-numbers that JSON lacks are `{"float": "nan"}` and `{"complex": ["1.0", "2.0"]}`.
+its default, or stands for nothing), and `{"key": [impl, line]}` for typed PRNG keys. `{}`, `[]` and `{"tuple": []}` are
+empty containers; numbers that JSON lacks are `{"float": "nan"}` and `{"complex": ["1.0", "2.0"]}`.
 """
 
 import dataclasses
