@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress._files import replacing
 from jaxcompress.arrays import Quantized, Sparse, compressed, is_leaf, nbytes
@@ -109,8 +110,8 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def parameters(tree: Any) -> int:
-    """The elements of a tree of weights; a compressed leaf counts as the array it stands for."""
-    return sum(x.size for x in jax.tree.leaves(tree, is_leaf=is_leaf))
+    """The elements of a tree of weights; of a leaf those of what it stands for, of a Python number one."""
+    return sum(x.size if hasattr(x, "size") else jnp.size(x) for x in jax.tree.leaves(tree, is_leaf=is_leaf))
 
 
 def nonzeros(tree: Any) -> int:
@@ -123,6 +124,10 @@ def _nonzeros(x: Any) -> Any:
         return jnp.count_nonzero(x.centred(jnp.float32))
     if isinstance(x, Sparse):
         return jnp.count_nonzero(x.values)
+    if isinstance(x, np.ndarray):
+        return np.count_nonzero(x)  # not as JAX sees it: of 64 bits it would take 32
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x.size
     return jnp.count_nonzero(x.materialise() if is_leaf(x) else x)
 
 

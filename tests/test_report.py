@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,12 @@ from jaxcompress import report
 def test_counts():
     tree = {"a": jnp.asarray([[1.0, 0.0], [2.0, 3.0]]), "b": jnp.zeros(5)}
     assert (report.parameters(tree), report.nonzeros(tree)) == (9, 3)
+
+
+def test_counts_of_numbers_keys_and_what_64_bits_hold():
+    tree = {"scale": 2.0, "steps": 0, "none": None, "keys": jax.random.split(jax.random.key(0), 3)}
+    assert (report.parameters(tree), report.nonzeros(tree)) == (5, 4)
+    assert report.nonzeros({"tiny": np.float64([1e-300, 0.0]), "large": np.int64([2**40, 0])}) == 2
 
 
 @pytest.mark.parametrize(

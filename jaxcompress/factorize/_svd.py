@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxcompress._numbers import integers, real, whole
 from jaxcompress.arrays import LowRank
 from jaxcompress.calibrate import InputStatistics
 
@@ -42,19 +42,16 @@ class Svd:
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        try:
-            for name in ("rank", "stacked", "round_to"):
-                value = getattr(self, name)
-                object.__setattr__(self, name, None if value is None else operator.index(value))
-            if self.rows is not None:
-                object.__setattr__(self, "rows", tuple(operator.index(axis) for axis in self.rows))
-        except TypeError:
-            raise TypeError(f"rank, stacked and round_to are integers, rows a tuple of them, got {self}") from None
+        for name in ("rank", "stacked", "round_to"):
+            if name != "rank" or self.rank is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name)))
+        if self.rows is not None:
+            object.__setattr__(self, "rows", integers("rows", self.rows))
         if sum(x is not None for x in (self.rank, self.energy, self.ratio)) > 1:
             raise ValueError(f"give one of rank, energy and ratio, got {self}")
         if (self.rank is not None and self.rank < 1) or self.round_to < 1 or self.stacked < 0:
             raise ValueError(f"rank and round_to are at least 1, stacked at least 0, got {self}")
-        if not all(x is None or 0 < x <= 1 for x in (self.energy, self.ratio)):
+        if not all(x is None or 0 < real("a share", x) <= 1 for x in (self.energy, self.ratio)):
             raise ValueError(f"energy and ratio are shares, above 0 and at most 1, got {self}")
 
     def rank_of(self, spectrum: "Spectrum") -> int:

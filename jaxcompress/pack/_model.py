@@ -8,8 +8,11 @@ leaves upwards.
 A table is a bit string, least significant bit first. Each node in order (parent, left half, right half) is one bit,
 halved or not, and where it is halved `b` bits for the share of its left half. The share is `s(k / (2**b - 1))` with
 `s(t) = t**2 (3 - 2 t)`, whose steps are finest near 0 and 1, in proportion to how exactly `n` samples tell a
-probability; then `2**b = sqrt(n)` levels cost least, and the number of bits follows from what is expected in the node.
-A node that is empty, or a single symbol, has nothing to tell.
+probability; then `2**b = sqrt(n)` levels cost least, and the number of bits follows from what is expected in the node:
+`b = max(2, (n.bit_length() + 1) // 2)`, where `n` is the whole part of the stream's symbols times the node's
+probability. That is 1 at the root, and is multiplied by the share for the left half, by one less the share for the
+right one, in float64; a node that is not halved gives each of its symbols the same part. A node that is empty (of
+probability 0), or a single symbol, has nothing to tell.
 """
 
 import math

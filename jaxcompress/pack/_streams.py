@@ -4,6 +4,13 @@ A coding has a name: `raw`, or `ans8`, `ans4`, `ans2`, `ans1`: asymmetric numera
 implements them) on symbols of so many bits, cut from each byte from the low end. Wide symbols know what the bits of
 a byte have to do with one another; narrow ones need a smaller table and fit values packed several a byte. A coded
 stream is the table of `_model.py` and then the coder's 32-bit words, little-endian, without trailing zero bytes.
+
+For a reader without constriction: of `n` symbols with the probabilities `p`, symbol `i` has a range of the numbers
+below `2**24`, which begins at `floor(c * (p[0] + ... + p[i - 1])) + i` with `c = (2**24 - n) / sum(p)`, in float64, and
+ends where the next one's begins. The state is made of the last two words, the very last one on top. Its low 24 bits `q`
+lie in the range of the next symbol, from `first` on and `size` long; then the state becomes `size * (state >> 24) + q -
+first`, and if that is below `2**32` the last word that is left goes under it. In the end the state is 0, and no word is
+left.
 """
 
 from typing import NamedTuple

@@ -9,11 +9,13 @@ Its keys are paths, its values what stands there:
 The steps of a path are a dict's string keys (with `~` and `/` in them written `~0` and `~1`, as in RFC 6901; what is
 empty or begins like another kind of step has `~2` in front), its integer keys `#7`, and places in lists `[0]` and
 tuples `(0)`. Values are lines about arrays (`_arrays.py`), numbers, booleans, null, compressed leaves by their class
-and fields, and `{"key": [impl, line]}` for typed PRNG keys. `{}`, `[]` and `{"tuple": []}` are empty containers;
-numbers that JSON lacks are `{"float": "nan"}` and `{"complex": ["1.0", "2.0"]}`.
+and fields (what they mean is told where the class is defined, under `jaxcompress/arrays`; a field that is left out has
+its default, or stands for nothing), and `{"key": [impl, line]}` for typed PRNG keys. `{}`, `[]` and `{"tuple": []}` are
+empty containers; numbers that JSON lacks are `{"float": "nan"}` and `{"complex": ["1.0", "2.0"]}`.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -211,6 +213,8 @@ def _restore(description: Any, get: Get) -> Any:
 
 
 def _restore_leaf(name: str, fields: dict[str, Any], get: Get) -> Leaf:
+    if name not in Leaf.registry:
+        importlib.import_module("jaxcompress.quantize")  # which has leaves of its own: those of `Floats(inputs=...)`
     if name not in Leaf.registry:
         raise PackError(f"it is a {name}, a leaf class that is not defined here; import the module that defines it")
     cls = Leaf.registry[name]

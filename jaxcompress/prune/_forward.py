@@ -1,6 +1,5 @@
 """Weights that are sparse in the forward pass only: dense underneath, they go on learning and may come back."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jaxcompress import paths
 from jaxcompress.prune._masks import map_masked, masks
 
 
-def straight_through(tree: Any, state: Any, *, decay: float = 0.0) -> Any:
+def straight_through(tree: Any, state: Any, *, decay: jax.typing.ArrayLike = 0.0) -> Any:
     """`apply_masks`, whose gradient passes to pruned weights too, as if nothing had been pruned.
 
     The forward pass of straight-through sparse training (Bengio et al. 2013). The masks come from a `sparsify` that
@@ -25,7 +24,7 @@ def straight_through(tree: Any, state: Any, *, decay: float = 0.0) -> Any:
       tree: parameters, found by their paths as in `apply_masks`.
       state: the state of the optimizer that `sparsify` is a part of, or a tree of boolean masks (as `choose` makes it).
       decay: adds `decay * w` to the gradient of a pruned weight `w` (SR-STE, Zhou et al. 2021, equation 9; they take
-        2e-4), which keeps masks from flickering.
+        2e-4), which keeps masks from flickering. It may change from step to step: a traced number.
 
     Returns:
       A tree like `tree`, zero where weights are pruned.
@@ -33,23 +32,24 @@ def straight_through(tree: Any, state: Any, *, decay: float = 0.0) -> Any:
     Raises:
       ValueError: as `apply_masks`.
     """
-    return map_masked(lambda x, mask: _passed(x, mask, decay), tree, masks(state))
+    none = isinstance(decay, int | float) and decay == 0  # then the weights need not be kept for the way back
+    return map_masked(lambda x, mask: _passed(x, mask, None if none else decay), tree, masks(state))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _passed(weight: jax.Array, kept: jax.Array, decay: float) -> jax.Array:
+@jax.custom_vjp
+def _passed(weight: jax.Array, kept: jax.Array, decay: jax.typing.ArrayLike | None) -> jax.Array:
     return jnp.where(kept, weight, jnp.zeros_like(weight))
 
 
-def _passed_fwd(weight: jax.Array, kept: jax.Array, decay: float) -> tuple[jax.Array, Any]:
-    return _passed(weight, kept, decay), (weight, kept) if decay else None
+def _passed_fwd(weight: jax.Array, kept: jax.Array, decay: Any) -> tuple[jax.Array, Any]:
+    return _passed(weight, kept, decay), None if decay is None else (weight, kept, decay)
 
 
-def _passed_bwd(decay: float, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _passed_bwd(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
     if saved is None:
-        return cotangent, None
-    weight, kept = saved
-    return cotangent + jnp.where(kept, jnp.zeros_like(weight), decay * weight).astype(cotangent.dtype), None
+        return cotangent, None, None
+    weight, kept, decay = saved
+    return cotangent + jnp.where(kept, jnp.zeros_like(weight), decay * weight).astype(cotangent.dtype), None, None
 
 
 _passed.defvjp(_passed_fwd, _passed_bwd)

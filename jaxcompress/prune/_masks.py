@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from jaxcompress import paths
 from jaxcompress.arrays import Sparse
-from jaxcompress.prune._ranking import Ranking, kth_lowest
+from jaxcompress.prune._ranking import Ranking, common_dtype, kth_lowest
 from jaxcompress.prune._scores import Score, magnitude
 from jaxcompress.prune._stored import booleans
 
@@ -118,7 +118,7 @@ def threshold(tree: Any, part: float, score: Score = magnitude) -> jax.Array:
     leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     if not leaves or not 0 < part <= 1:
         raise ValueError(f"want floating-point weights and a part of them in (0, 1], got {len(leaves)} leaves, {part}")
-    dtype = jnp.result_type(*leaves)
+    dtype = common_dtype(leaves)
     k = max(1, math.floor(part * sum(x.size for x in leaves) + 0.5))
     return _threshold(leaves, jnp.uint32(k), score, dtype)
 

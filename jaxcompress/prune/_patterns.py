@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress._numbers import real, whole
+
 Shape = tuple[int, ...]
 
 
@@ -58,6 +60,9 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        object.__setattr__(self, "stack", whole("stack", self.stack))
+        if not isinstance(self.scope, str | None):
+            raise TypeError(f"scope is a name or None, got {self.scope!r}")
         if self.stack < 0:
             raise ValueError(f"stack must be 0 or more leading axes, got {self.stack}")
         if self.stack and self.scope is not None:
@@ -104,7 +109,7 @@ class Below:
     stack = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < math.inf:
+        if not 0 < real("threshold", self.threshold) < math.inf:
             raise ValueError(f"a threshold is a positive number, got {self.threshold}")
 
     def check(self, shape: Shape) -> None:
@@ -160,6 +165,8 @@ class NM:
     stack = 0
 
     def __post_init__(self) -> None:
+        for name in ("n", "m", "axis"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if not 1 <= self.n <= self.m:
             raise ValueError(f"n:m keeps n of m weights, 1 <= n <= m, got {self.n}:{self.m}")
 
@@ -231,6 +238,11 @@ class Blocks:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        try:
+            shape = tuple(None if n is None else whole("a length", n) for n in self.shape)
+        except TypeError:
+            raise TypeError(f"a block's shape is a tuple of lengths, integers or None, got {self.shape!r}") from None
+        object.__setattr__(self, "shape", shape)
         if not self.shape or any(n is not None and n < 1 for n in self.shape):
             raise ValueError(f"a block has a length of 1 or more, or None, along each axis, got {self.shape}")
         if self.norm not in ("l1", "l2"):
@@ -301,7 +313,7 @@ def vectors(
     Raises:
       ValueError: an axis that is counted from the front, and as `Blocks`.
     """
-    if axis >= 0:
+    if whole("axis", axis) >= 0:
         raise ValueError(f"axis is counted from the end, -1 or less, got {axis}")
     return Blocks(sparsity, (length,) + (1,) * (-axis - 1), pad, norm)
 
@@ -318,5 +330,5 @@ def filters(sparsity: float, *, norm: str = "l1") -> Blocks:
 
 def check_sparsity(sparsity: float) -> None:
     """Raises ValueError unless `sparsity` is in [0, 1)."""
-    if not 0 <= sparsity < 1:
+    if not 0 <= real("sparsity", sparsity) < 1:
         raise ValueError(f"sparsity is the part of weights pruned, in [0, 1), got {sparsity}")

@@ -19,6 +19,7 @@ import optax
 from optax._src import base  # its message for a missing `params`, as every transformation raises it
 
 from jaxcompress import paths
+from jaxcompress._numbers import integers, real
 from jaxcompress.prune._patterns import Blocks
 from jaxcompress.prune._plan import flatten
 
@@ -74,6 +75,9 @@ class GroupLasso:
 
     def __post_init__(self) -> None:
         _check_strength(self.strength)
+        if not isinstance(self.groups, Blocks):
+            several = self.groups if isinstance(self.groups, tuple | list) else (self.groups,)
+            object.__setattr__(self, "groups", integers("groups", several))
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if weights of `shape` can't be grouped so."""
@@ -98,8 +102,8 @@ class GroupLasso:
         return jnp.sum(shares)  # each of a group's weights has its share of the group's norm
 
     def _axes(self) -> tuple[int, ...]:
-        assert not isinstance(self.groups, Blocks)
-        return self.groups if isinstance(self.groups, tuple) else (self.groups,)
+        assert isinstance(self.groups, tuple)
+        return self.groups
 
     def _summed(self, x: jax.Array) -> jax.Array:
         if isinstance(self.groups, Blocks):
@@ -241,5 +245,5 @@ def _planned(rules: paths.Rules[Penalty | None], params: Any) -> list[Penalty | 
 
 
 def _check_strength(strength: float) -> None:
-    if not (strength >= 0 and math.isfinite(strength)):
+    if not 0 <= real("strength", strength) < math.inf:
         raise ValueError(f"strength is finite and not negative, got {strength}")

@@ -68,6 +68,12 @@ def kth_lowest(ranking: Ranking) -> jax.Array:
     return jnp.where(exact, functools.reduce(jnp.maximum, greatest), tied)
 
 
+def common_dtype(arrays: Sequence[jax.Array]) -> jnp.dtype:
+    """The dtype in which several arrays' scores compare; floats of one byte JAX promotes to no other dtype."""
+    dtypes = {x.dtype for x in arrays}
+    return jnp.result_type(*(jnp.float32 if len(dtypes) > 1 and x.itemsize == 1 else x for x in dtypes))
+
+
 class _Part(NamedTuple):
     """One array of a ranking, and where in the vectors of one entry a layer its own entries are."""
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxcompress.prune._patterns import Below, Unstructured
 from jaxcompress.prune._plan import Layer
-from jaxcompress.prune._ranking import Ranking, lowest
+from jaxcompress.prune._ranking import Ranking, common_dtype, lowest
 from jaxcompress.prune._schedules import Schedule
 from jaxcompress.prune._scores import Accumulated, Score, magnitude
 from jaxcompress.prune._stored import stored
@@ -44,10 +44,10 @@ def scheduled_masks(  # jitted, so that an eager loop compiles it once
         start, end = sum(layers[i].start for i in scope), sum(layers[i].end for i in scope)
         k = start + scaled(end - start, progress)
         if score is magnitude and isinstance(pattern, Unstructured):  # cheaper to work out in each pass than to store
-            dtype = jnp.result_type(*(weights[i] for i in scope))
+            dtype = common_dtype([weights[i] for i in scope])
             return Ranking([weights[i] for i in scope], k, pattern.stack, lambda x: magnitude(x).astype(dtype))
         pooled = [layers[i].pattern.pool(scores(i)) for i in scope]
-        dtype = jnp.result_type(*pooled)
+        dtype = common_dtype(pooled)
         return Ranking([x.astype(dtype) for x in pooled], k, pattern.stack)
 
     def renew() -> list[jax.Array]:

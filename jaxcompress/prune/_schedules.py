@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._numbers import real
+
 Steps = Callable[[jax.Array], jax.Array]
 """Of a step (int32 [], the first update is step 0), a scalar."""
 
@@ -29,7 +31,7 @@ class Schedule:
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.initial < 1:
+        if not 0 <= real("initial", self.initial) < 1:
             raise ValueError(f"initial must be in [0, 1), got {self.initial}")
 
 
@@ -55,15 +57,13 @@ def polynomial(begin: int, end: int, every: int = 1, *, power: float = 3, initia
     Raises:
       ValueError: the schedule ends before it begins, or a number is out of its range.
     """
-    begin, end = _step("begin", begin), _step("end", end)
+    begin, end, every = _step("begin", begin), _step("end", end), _step("every", every, 1)
     if end <= begin:
         raise ValueError(
             f"the schedule ends before it begins: begin={begin}, end={end}; give an end after begin, "
             f"or use one_shot({begin}) to prune at once"
         )
-    if every < 1:
-        raise ValueError(f"every must be at least 1 step, got {every}")
-    if not power > 0:
+    if not 0 < real("power", power) < math.inf:
         raise ValueError(f"power must be positive, got {power}")
 
     def due(step: jax.Array) -> jax.Array:
@@ -95,11 +95,9 @@ def iterative(final: float, rate: float, begin: int, every: int) -> Schedule:
     Raises:
       ValueError: `final` or `rate` outside (0, 1), or a number of steps out of its range.
     """
-    begin = _step("begin", begin)
-    if not (0 < final < 1 and 0 < rate < 1):
+    begin, every = _step("begin", begin), _step("every", every, 1)
+    if not (0 < real("final", final) < 1 and 0 < real("rate", rate) < 1):
         raise ValueError(f"final sparsity and rate must be in (0, 1), got {final} and {rate}")
-    if every < 1:
-        raise ValueError(f"every must be at least 1 step, got {every}")
     times = math.ceil(math.log(1 - final) / math.log(1 - rate) - 1e-9)
 
     def progress(step: jax.Array) -> jax.Array:
@@ -120,10 +118,9 @@ def periodic(begin: int, end: int, dense: int, sparse: int) -> Schedule:
       ValueError: the schedule ends before it begins, or a phase is shorter than a step.
     """
     begin, end = _step("begin", begin), _step("end", end)
+    dense, sparse = _step("dense", dense, 1), _step("sparse", sparse, 1)
     if end <= begin:
         raise ValueError(f"the schedule ends before it begins: begin={begin}, end={end}")
-    if dense < 1 or sparse < 1:
-        raise ValueError(f"a phase lasts at least 1 step, got dense={dense}, sparse={sparse}")
 
     def is_sparse(step: jax.Array) -> jax.Array:
         return ((step - begin) % (dense + sparse) < sparse) | (step >= end)
@@ -135,7 +132,7 @@ def periodic(begin: int, end: int, dense: int, sparse: int) -> Schedule:
     return Schedule(due, lambda step: is_sparse(step).astype(jnp.float32))
 
 
-def _step(name: str, value: int) -> int:
-    if value < 0:
-        raise ValueError(f"{name} must be a step, 0 or later, got {value}")
+def _step(name: str, value: int, least: int = 0) -> int:
+    if not real(name, value) >= least or value % 1 != 0:  # 1e4 is one, and so is a NumPy integer
+        raise ValueError(f"{name} must be a whole number of steps, {least} or more, got {value}")
     return int(value)

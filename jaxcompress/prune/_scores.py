@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._numbers import real
+
 Score = Callable[[jax.Array], jax.Array]
 """Of a weight, its scores: same shape, floating point, the lowest are pruned first."""
 
@@ -57,7 +59,7 @@ def empirical_fisher(decay: float = 0.99) -> Accumulated:
 def _running(
     decay: float, value: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    if not 0 <= decay < 1:
+    if not 0 <= real("decay", decay) < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
     return lambda mean, weight, gradient: decay * mean + (1 - decay) * value(weight, gradient)
 

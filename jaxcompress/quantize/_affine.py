@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,16 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress._numbers import integers, whole
 from jaxcompress.arrays import Quantized
 from jaxcompress.arrays._bits import repeated
-
-
-def integers(name: str, values: Any) -> tuple[int, ...]:
-    """Values as a tuple (which can be hashed); raises TypeError for anything but several integers."""
-    try:
-        return tuple(operator.index(value) for value in values)
-    except TypeError:
-        raise TypeError(f"{name} must be a tuple of integers, got {values!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +39,13 @@ class Affine:
     activation_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9) or not isinstance(self.bits, int):
+        if self.bits not in range(2, 9) or not hasattr(self.bits, "__index__"):
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
         if self.activation_bits not in (None, *range(2, 9), 16) or isinstance(self.activation_bits, float):
             raise ValueError(f"activation_bits must be None, 2 to 8 or 16, got {self.activation_bits!r}")
+        object.__setattr__(self, "bits", whole("bits", self.bits))
+        if self.activation_bits is not None:
+            object.__setattr__(self, "activation_bits", whole("activation_bits", self.activation_bits))
         object.__setattr__(self, "axes", integers("axes", self.axes))
         if self.group is not None:
             object.__setattr__(self, "group", integers("group", self.group))

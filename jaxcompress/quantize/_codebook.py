@@ -1,14 +1,16 @@
 """Weights that share values: k-means codebooks, and weights of two or three values."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress._numbers import integers, real, whole
 from jaxcompress.arrays import Codebook
-from jaxcompress.quantize._affine import check_float, integers
+from jaxcompress.quantize._affine import check_float
 from jaxcompress.quantize._kmeans import STARTS, assigned, binned, lloyd, optimal, start
 
 
@@ -41,6 +43,8 @@ class KMeans:
         object.__setattr__(self, "axes", integers("axes", self.axes))
         if self.centroids not in range(2, 257):
             raise ValueError(f"a codebook has 2 to 256 centroids, got {self.centroids}")
+        for name in ("centroids", "iterations", "seed"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if self.start not in STARTS or self.iterations < 0:
             raise ValueError(
                 f"start is one of {STARTS} and iterations not negative, got {self.start!r}, {self.iterations}"
@@ -85,10 +89,13 @@ class Binary:
     axes: tuple[int, ...] = (-1,)
     scaled: bool = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", integers("axes", self.axes))
+
     def convert(self, weight: jax.Array) -> Codebook:
         """The weight's signs (zero counts as positive), with one magnitude a block."""
         weight = check_float(weight)
-        scale = _block_mean(jnp.abs(weight), jnp.ones(weight.shape, bool), self.axes)
+        scale = _block_mean(jnp.abs(_wide(weight)), jnp.ones(weight.shape, bool), self.axes)
         scale = scale if self.scaled else jnp.ones_like(scale)
         centroids = jnp.stack([-scale, scale], axis=-1).astype(weight.dtype)
         return Codebook.from_indices((weight >= 0).astype(jnp.uint8), centroids)
@@ -113,19 +120,26 @@ class Ternary:
     signed: bool = False
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
+        object.__setattr__(self, "axes", integers("axes", self.axes))
+        if not 0 < real("threshold", self.threshold) < math.inf:
             raise ValueError(f"the threshold is positive, in units of the mean magnitude, got {self.threshold}")
 
     def convert(self, weight: jax.Array) -> Codebook:
         """The weight on its three values; zero is index 0 and stays zero."""
         weight = check_float(weight)
-        size = jnp.abs(weight)
+        wide = _wide(weight)
+        size = jnp.abs(wide)
         level = self.threshold * _block_mean(size, jnp.ones(weight.shape, bool), self.axes)
-        above, below = weight > level, weight < -level
+        above, below = wide > level, wide < -level
         sides = (above, below) if self.signed else (above | below, above | below)
         high, low = (_block_mean(size, side, self.axes) for side in sides)
         centroids = jnp.stack([jnp.zeros_like(high), high, -low], axis=-1).astype(weight.dtype)
         return Codebook.from_indices(jnp.where(above, 1, jnp.where(below, 2, 0)), centroids, keep_zeros=True)
+
+
+def _wide(weight: jax.Array) -> jax.Array:
+    """The weight; of floats of one byte, which JAX promotes to no other dtype, in float32."""
+    return weight.astype(jnp.float32) if weight.dtype.itemsize == 1 else weight
 
 
 def _block_mean(x: jax.Array, where: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxcompress._numbers import integers, whole
 from jaxcompress.arrays import Quantized
 from jaxcompress.arrays._bits import from_table
 from jaxcompress.quantize._affine import Affine, _axis, _over_blocks, _spread, check_float
@@ -58,9 +59,10 @@ class Floats:
     inputs: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", integers("axes", self.axes))
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype is one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        if self.inputs is not None and not {self.inputs, self.dtype} <= set(_DTYPES[:2]):
+        if self.inputs is not None and not (self.inputs in _DTYPES[:2] and self.dtype in _DTYPES[:2]):
             raise ValueError(
                 f"inputs is None or one of {', '.join(_DTYPES[:2])}, with weights in one of these; got {self.inputs!r} "
                 f"for weights in {self.dtype}"
@@ -94,6 +96,11 @@ class NF4:
 
     group: tuple[int, int] = (-2, 64)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", Affine(4, group=self.group).group)
+        if self.group is None:
+            raise TypeError("group must be (axis, size), got None")
+
     def convert(self, weight: Array) -> Quantized:
         """The nearest level to each weight over its group's largest magnitude."""
         weight = check_float(weight)
@@ -115,7 +122,8 @@ class MX:
     axis: int = -2
 
     def __post_init__(self) -> None:
-        if self.element not in _LARGEST:
+        object.__setattr__(self, "axis", whole("axis", self.axis))
+        if self.element not in list(_LARGEST):
             raise ValueError(f"element is one of {', '.join(_LARGEST)}, got {self.element!r}")
 
     def convert(self, weight: Array) -> Quantized:

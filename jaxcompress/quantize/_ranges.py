@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxcompress._numbers import real, whole
 from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import input_values
 from jaxcompress.paths import Rules, match, named_leaves
@@ -58,7 +59,7 @@ class MinMax:
     momentum: float | None = None
 
     def __post_init__(self) -> None:
-        if self.momentum is not None and not 0 <= self.momentum < 1:
+        if self.momentum is not None and not 0 <= real("momentum", self.momentum) < 1:
             raise ValueError(f"momentum is None or in [0, 1), got {self.momentum}")
 
     @property
@@ -85,7 +86,7 @@ class Percentile:
     bins: int = 2048
 
     def __post_init__(self) -> None:
-        if not 1 < self.percent <= 100 or self.bins < 2:  # 0.999 is meant as a share
+        if not 1 < real("percent", self.percent) <= 100 or whole("bins", self.bins) < 2:  # 0.999 is meant as a share
             raise ValueError(f"percent is above 1 and at most 100, of at least 2 bins, got {self.percent}, {self.bins}")
 
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
@@ -112,6 +113,9 @@ class LeastSquares:
     bins: int = 2048
     fractions: int = 100
 
+    def __post_init__(self) -> None:
+        _check_histogram(self.bins, self.fractions)
+
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
         """By the histogram's bin middles."""
 
@@ -133,6 +137,9 @@ class Entropy:
 
     bins: int = 2048
     fractions: int = 128
+
+    def __post_init__(self) -> None:
+        _check_histogram(self.bins, self.fractions)
 
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
         """Of ranges that leave at least one bin an integer."""
@@ -157,6 +164,11 @@ class Entropy:
 
         least = min(1.0, 2**bits / len(seen.middles))
         return _best(seen, np.linspace(least, 1.0, self.fractions), divergence)
+
+
+def _check_histogram(bins: Any, fractions: Any) -> None:
+    if whole("bins", bins) < 2 or whole("fractions", fractions) < 1:
+        raise ValueError(f"a histogram has at least 2 bins, of at least 1 fraction, got {bins}, {fractions}")
 
 
 def input_ranges(
@@ -203,11 +215,8 @@ def input_ranges(
         raise TypeError(
             f"method is MinMax(), Percentile(99.9), LeastSquares(), Entropy() or has bins and choose; got {method!r}"
         )
-    if method.bins < 0 or method.bins % 2 or getattr(method, "fractions", 1) < 1:
-        raise ValueError(
-            f"a method's histogram has an even number of bins, which fold into magnitudes; of fractions at least one: "
-            f"{method}"
-        )
+    if method.bins < 0 or method.bins % 2:
+        raise ValueError(f"a method's histogram has an even number of bins, which fold into magnitudes: {method}")
     measure = [(f"^{re.escape(name)}$", True) for name in specs]
     seen = input_values(fn, params, batches, measure, bins=method.bins, symmetric=symmetric)
     return {name: _chosen(method, seen[name], specs[name].activation_bits or 8, symmetric) for name in specs}

@@ -182,3 +182,50 @@ def test_levels_of_a_share_rise_and_are_finest_at_the_ends():
     steps = [b - a for a, b in itertools.pairwise(shares)]
     assert shares[0] == 0 and shares[-1] == 1 and min(steps) > 0
     assert steps[0] < steps[31] / 10
+
+
+def read_as_told(coded, size, width):
+    """A stream's symbols, by the docstrings of `_model.py` and `_streams.py` alone."""
+    probabilities, bits, used, total = [0.0] * 2**width, int.from_bytes(coded, "little"), 0, size * 8 // width
+
+    def take(n):
+        nonlocal used
+        used += n
+        return bits >> (used - n) & (1 << n) - 1
+
+    def node(start, n, share):
+        if share == 0 or n == 1:
+            probabilities[start] = share
+        elif take(1):
+            b = max(2, (int(total * share).bit_length() + 1) // 2)
+            t = take(b) / (2**b - 1)
+            left = t**2 * (3 - 2 * t)
+            node(start, n // 2, share * left)
+            node(start + n // 2, n // 2, share * (1 - left))
+        else:
+            probabilities[start : start + n] = [share / n] * n
+
+    node(0, 2**width, 1.0)
+    data = coded[-(-used // 8) :].rstrip(b"\0")
+    words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+    scale = (2**24 - len(probabilities)) / sum(probabilities)
+    starts = [int(scale * p) + i for i, p in enumerate(itertools.accumulate(probabilities, initial=0.0))]
+    state = words.pop() if words else 0
+    state = state << 32 | words.pop() if words else state
+    for _ in range(total):
+        q = state % 2**24
+        i = max(i for i in range(len(probabilities)) if starts[i] <= q)
+        state = (min(starts[i + 1], 2**24) - starts[i]) * (state >> 24) + q - starts[i]
+        state = state << 32 | words.pop() if state < 2**32 and words else state
+        yield i
+    assert (state, words) == (0, [])
+
+
+@pytest.mark.parametrize("size", [9, 3000])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_another_program_can_read_a_stream(rng, width, size):
+    data = (rng.geometric(0.6, size) * rng.integers(0, 5, size) * 11 % 256).astype(np.uint8)
+    counts = _streams._narrow(_streams.histogram(data), width)
+    model = _model.fit(_model.plan(counts))
+    coded = model.table + _streams._words(data, width, model)
+    assert list(read_as_told(coded, size, width)) == _streams._split(data, width).tolist()

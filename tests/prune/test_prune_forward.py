@@ -30,6 +30,17 @@ def test_values_and_gradients() -> None:
     )
 
 
+def test_the_decay_may_be_traced() -> None:
+    masks = prune.choose({"w": jnp.abs(WEIGHTS["w"])}, {"w": 0.5})
+
+    def gradient(decay: jax.Array) -> jax.Array:
+        return jax.grad(lambda tree: prune.straight_through(tree, masks, decay=decay)["w"].sum())(WEIGHTS)["w"]
+
+    found = jax.jit(jax.vmap(gradient))(jnp.array([0.1, 0.0]))
+    np.testing.assert_allclose(found[0], 1 + 0.1 * np.where(masks["w"], 0, WEIGHTS["w"]), rtol=1e-6)
+    np.testing.assert_array_equal(found[1], 1)
+
+
 def test_a_weight_under_the_mask_comes_back() -> None:
     """A pruned weight that the loss wants grows underneath, and takes another's place; held, it could not."""
     target = jnp.array([0.0, 0.0, 5.0, 4.0])

@@ -60,16 +60,18 @@ def test_periodic_changes_phase_and_ends_sparse() -> None:
     [
         (lambda: prune.polynomial(10, 10), "ends before it begins: begin=10, end=10"),
         (lambda: prune.polynomial(10, 5), "ends before it begins"),
-        (lambda: prune.polynomial(-1, 5), "begin must be a step, 0 or later, got -1"),
-        (lambda: prune.polynomial(0, 5, 0), "every must be at least 1"),
+        (lambda: prune.polynomial(-1, 5), "begin must be a whole number of steps, 0 or more, got -1"),
+        (lambda: prune.polynomial(0, 5, 0), "every must be a whole number of steps, 1 or more"),
+        (lambda: prune.polynomial(0, 50, 2.5), "every must be a whole number of steps"),
+        (lambda: prune.polynomial(0, float("inf")), "end must be a whole number of steps"),
         (lambda: prune.polynomial(0, 5, power=0), "power must be positive"),
         (lambda: prune.polynomial(0, 5, initial=1.0), r"initial must be in \[0, 1\)"),
         (lambda: prune.cosine(7, 7), "ends before it begins"),
         (lambda: prune.iterative(1.0, 0.2, 0, 1), r"must be in \(0, 1\), got 1.0 and 0.2"),
-        (lambda: prune.iterative(0.9, 0.2, 0, 0), "every must be at least 1"),
+        (lambda: prune.iterative(0.9, 0.2, 0, 0), "every must be a whole"),
         (lambda: prune.periodic(5, 5, 1, 1), "ends before it begins"),
-        (lambda: prune.periodic(0, 5, 0, 1), "a phase lasts at least 1 step"),
-        (lambda: prune.one_shot(-3), "step must be a step"),
+        (lambda: prune.periodic(0, 5, 0, 1), "dense must be a whole number of steps, 1 or more"),
+        (lambda: prune.one_shot(-3), "step must be a whole"),
     ],
 )
 def test_bad_input(make, message: str) -> None:

@@ -146,3 +146,15 @@ def test_soft_threshold_closed_form() -> None:
 def test_bad_input(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_floats_of_one_byte_are_ranked_beside_wider_ones() -> None:
+    """JAX promotes them to no dtype by itself."""
+    values = jnp.array([0.5, -1.0, 2.0, 4.0, -8.0, 0.25, 3.0, 1.5])
+    small = {"a": values.astype(jnp.float8_e4m3fn), "b": (2.0 * values).astype(jnp.bfloat16)}
+    tx = prune.sparsify({".": prune.Unstructured(0.5, scope="all")}, prune.one_shot())
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, small), tx.init(small), small)
+    order = np.abs(np.concatenate([values, 2 * values]))
+    kept = np.concatenate([prune.masks(state)[name] for name in "ab"])
+    assert kept.sum() == 8 and order[kept].min() >= order[~kept].max()
+    assert float(prune.threshold(small, 0.5)) == np.sort(order)[7]

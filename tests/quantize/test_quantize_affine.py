@@ -173,6 +173,8 @@ def test_fields_of_a_grid_are_integers():
             Affine(**wrong)
     with pytest.raises(ValueError, match="activation_bits"):
         Affine(activation_bits=8.0)
+    spec = Affine(np.int64(4), activation_bits=np.int32(8))  # as files can hold them
+    assert type(spec.bits) is type(spec.activation_bits) is int
 
 
 def test_the_grid_does_not_depend_on_jit():

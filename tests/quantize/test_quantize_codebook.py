@@ -189,6 +189,15 @@ def test_by_path_and_dtype() -> None:
     np.testing.assert_array_equal(small["a"]["kernel"].materialise(), params["a"]["kernel"])
 
 
+@pytest.mark.parametrize("scheme", [quantize.Binary(), quantize.Ternary(), quantize.Ternary(signed=True)])
+def test_floats_of_one_byte(scheme) -> None:
+    wide = jnp.array([[0.5, -1.0], [2.0, 4.0], [-8.0, 0.25]])
+    small = scheme.convert(wide.astype(jnp.float8_e5m2))
+    assert small.dtype == jnp.float8_e5m2
+    expected = scheme.convert(wide).materialise().astype(jnp.float8_e5m2)
+    np.testing.assert_array_equal(small.materialise().astype(jnp.float32), expected.astype(jnp.float32))
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e30])
 def test_constant_and_huge_weights(value: float) -> None:
     weight = jnp.full((4, 4), value)
@@ -202,6 +211,9 @@ def test_constant_and_huge_weights(value: float) -> None:
         (lambda: quantize.KMeans(1), ValueError, "2 to 256"),
         (lambda: quantize.KMeans(2.5), ValueError, "2 to 256"),
         (lambda: quantize.KMeans(axes=0), TypeError, "axes must be a tuple"),
+        (lambda: quantize.KMeans(iterations=2.5), TypeError, "iterations must be an integer"),
+        (lambda: quantize.Binary(axes=-1), TypeError, "axes must be a tuple"),
+        (lambda: quantize.Ternary("0.7"), TypeError, "threshold must be a number"),
         (lambda: quantize.KMeans(start="best"), ValueError, "start is one of"),
         (lambda: quantize.Ternary(threshold=0), ValueError, "positive"),
         (lambda: quantize.KMeans().convert(jnp.array([[jnp.nan, 1]])), ValueError, "non-finite"),

@@ -161,8 +161,12 @@ def test_refuses(rng):
         quantize.input_ranges(product, {"w": w}, iter([x]), {"w": SPEC}, Percentile())
     with pytest.raises(ValueError, match="even number of bins"):
         quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(bins=255))
-    with pytest.raises(ValueError, match="of fractions at least one"):
-        quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, LeastSquares(fractions=0))
+    for wrong in ({"fractions": 0}, {"bins": 0}):
+        with pytest.raises(ValueError, match="at least 2 bins, of at least 1 fraction"):
+            LeastSquares(**wrong)
+    for make in (lambda: LeastSquares(bins=2.5), lambda: Percentile("99"), lambda: quantize.MinMax("0.9")):
+        with pytest.raises(TypeError, match="must be a"):
+            make()
     for method in (quantize.MinMax, "minmax"):
         with pytest.raises(TypeError, match=r"method is MinMax\(\), "):
             quantize.input_ranges(product, {"w": w}, [x], {"w": SPEC}, method)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxcompress import paths
+from jaxcompress._numbers import real, whole
 from jaxcompress.prune.channels._cost import flops as count_flops
 from jaxcompress.prune.channels._groups import Group, Groups
 from jaxcompress.prune.channels._plan import Plan, from_units
@@ -64,7 +65,8 @@ def plan(
         raise ValueError(f"scope must be 'local', 'global' or 'isomorphic', got {scope!r}")
     if normalize not in ("mean", "max", None):
         raise ValueError(f"normalize must be 'mean', 'max' or None, got {normalize!r}")
-    if round_to < 1 or minimum < 1 or not 0 < max_ratio <= 1:
+    round_to, minimum = whole("round_to", round_to), whole("minimum", minimum)
+    if round_to < 1 or minimum < 1 or not 0 < real("max_ratio", max_ratio) <= 1:
         raise ValueError(
             f"want round_to >= 1, minimum >= 1, 0 < max_ratio <= 1; got {round_to}, {minimum}, {max_ratio}"
         )
@@ -96,13 +98,13 @@ def plan(
         return _smallest(with_ratio, until, "until cannot be met", turns=6)
     share = parameters if parameters is not None else flops
     assert share is not None
-    if not 0 < share <= 1:
+    if not 0 < real("parameters or flops", share) <= 1:
         raise ValueError(f"parameters and flops are shares in (0, 1], got {share}")
     cost = (lambda made: made.parameters[1]) if parameters is not None else (lambda made: count_flops(groups, made))
-    whole, least = cost(with_ratio(0.0)), cost(with_ratio(_MOST))
+    uncut, least = cost(with_ratio(0.0)), cost(with_ratio(_MOST))
     what = "parameters" if parameters is not None else "flops"
-    message = f"cannot bring {what} down to {share:.3g}: with the least units kept {least / whole:.3g} remain"
-    return _smallest(with_ratio, lambda made: cost(made) <= share * whole, message)
+    message = f"cannot bring {what} down to {share:.3g}: with the least units kept {least / uncut:.3g} remain"
+    return _smallest(with_ratio, lambda made: cost(made) <= share * uncut, message)
 
 
 def _checked(groups: Groups, scores: Mapping[str, Any], inexact: bool) -> dict[str, np.ndarray]:

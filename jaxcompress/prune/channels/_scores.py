@@ -5,6 +5,7 @@ at others, and pass a *scale* and a *shift*. Li et al. look at `out` only, netwo
 expansion at all. Every score is a dict, `group name -> [units]`, and can be made by hand.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import paths
+from jaxcompress._numbers import real
 from jaxcompress.prune._scores import fisher, saliency
 from jaxcompress.prune.channels._groups import Group, Groups, Member
 
@@ -60,8 +62,8 @@ def norm(
 
     Args: as for `from_weights`; p: 1 or 2, or another positive power.
     """
-    if p <= 0:
-        raise ValueError(f"p must be positive, got {p}")
+    if not 0 < real("p", p) < math.inf:
+        raise ValueError(f"p must be positive and finite, got {p}")
     leaves = _leaves(groups, params)
     scores = {}
     for group in groups:
