@@ -24,7 +24,8 @@ class FakeQuantized(nn.Module):
     """A Linen module that computes as `inner` does, under fake quantization.
 
     Its variables are `inner`'s, under the same paths: wrap and unwrap a model without touching its parameters. Batch
-    statistics and dropout work as in `inner`. Inside a larger model, it quantizes its own part only.
+    statistics and dropout work as in `inner`. Inside a larger model, it quantizes its own part only: the modules in
+    `inner`'s attributes must be its own, made outside of the larger model's methods, or there with `parent=None`.
 
         model = linen.FakeQuantized(ResNet(), rules=(("kernel$", quantize.Affine(bits=8, activation_bits=8)),))
 
@@ -48,6 +49,7 @@ class FakeQuantized(nn.Module):
     def setup(self) -> None:
         """Puts `inner`'s variables in this module's own place."""
         assert self.scope is not None and self.inner.scope is not None
+        _check_own(self.inner)
         if self.inner.scope.parent is self.scope:  # nothing will be there: a module within may have the name "inner"
             self.scope.reservations.pop(str(self.inner.name), None)
         nn.share_scope(self, self.inner)
@@ -66,6 +68,28 @@ class FakeQuantized(nn.Module):
             for name, value in variables.items():
                 self.put_variable(collection, name, value)
         return out
+
+
+def _check_own(inner: nn.Module) -> None:
+    """An error where a module in `inner`'s attributes has its variables elsewhere: they would not be found."""
+    within, left = [inner], [inner]
+    while left:
+        module = left.pop()
+        fields = [getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+        held = [x for x in jax.tree.leaves(fields, is_leaf=_is_module) if _is_module(x)]
+        for x in held:
+            if _is_module(x.parent) and not any(x.parent is each for each in within):
+                raise ValueError(
+                    f"FakeQuantized cannot round {type(x).__name__} {x.name!r} in {type(inner).__name__}: it belongs to "
+                    f"{type(x.parent).__name__}, which has its variables. Make it in a method of "
+                    f"{type(inner).__name__}, or with parent=None; or wrap {type(x.parent).__name__}"
+                )
+        within += held
+        left += held
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module)
 
 
 class Pruned(nn.Module):

@@ -1,6 +1,7 @@
 """Sparse weights: one bit an element that says whether it is kept, and the kept values."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxcompress.arrays._bits import pack_bits, unpack_bits
+from jaxcompress.arrays._bits import from_table, pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import Leaf
 
 
@@ -60,7 +61,8 @@ class Sparse(Leaf):
         return ShapedArray((*self.mask.shape[:-1], self.length), self.values.dtype)
 
     def materialise(self) -> Array:
-        return self.decode(unpack_bits(self.mask, self.length), self.row_starts())[0]
+        bits = unpack_bits(self.mask, self.length)
+        return divided_like(self.decode(_undivided(bits, -1), self.row_starts())[0], bits)
 
     def unshared(self, length: int) -> Any:
         return super().unshared(length) if self.values.ndim > 1 else self.unstacked()  # as many values as a stack
@@ -69,16 +71,16 @@ class Sparse(Leaf):
         """Where, among all values laid flat, each row of the mask begins."""
         counts = jnp.sum(jax.lax.population_count(self.mask), axis=-1, dtype=jnp.int32)
         lead = self.values.shape[:-1]
-        flat = counts.reshape(*lead, math.prod(counts.shape[len(lead) :]))
+        flat = _undivided(counts).reshape(*lead, math.prod(counts.shape[len(lead) :]))
         before = jnp.cumsum(flat, axis=-1) - flat
         stacks = jnp.arange(math.prod(lead), dtype=jnp.int32).reshape(*lead, 1) * self.values.shape[-1]
-        return (before + stacks).reshape(counts.shape)
+        return divided_like((before + stacks).reshape(counts.shape), counts)
 
     def decode(self, bits: Bool[Array, "*rows n"], starts: Int[Array, "*rows"]) -> tuple[Array, Array]:
         """Rows of the dense array from their bits and where their values begin; and where what follows begins."""
         places = starts[..., None] + jnp.cumsum(bits, axis=-1, dtype=jnp.int32)
-        flat = self.values.reshape(-1)
-        found = jnp.take(flat, jnp.clip(places - 1, 0, flat.size - 1), axis=0)
+        flat = _undivided(self.values).reshape(-1)
+        found = from_table(flat, jnp.clip(places - 1, 0, flat.size - 1))
         return jnp.where(bits, found, jnp.zeros((), flat.dtype)), places[..., -1]
 
     def tiles(self, columns: int) -> Array:
@@ -106,3 +108,31 @@ def scan_tiles(w: Sparse, columns: int, body: Any, carry: Any, xs: Any = None) -
 
     (_, carry), out = jax.lax.scan(step, (w.row_starts(), carry), (w.tiles(columns), xs))
     return carry, out
+
+
+def is_divided(x: Array, axis: int) -> bool:
+    """Whether the type of `x` says that the axis is divided over explicit axes of a mesh."""
+    return _spec(x)[axis] is not None
+
+
+def divided_like(x: Array, other: Array) -> Array:
+    """`x`, divided over the explicit axes of a mesh that the type of `other`, of its shape, names."""
+    return x if _spec(x) == _spec(other) else _divided(x, other, _spec(other))
+
+
+def _undivided(x: Array, *axes: int) -> Array:
+    """`x` with the axes (all, where none is named) whole on each device: sums along them go through all of it."""
+    spec = list(_spec(x))
+    for axis in axes or range(x.ndim):
+        spec[axis] = None
+    return x if tuple(spec) == _spec(x) else _divided(x, x, spec)
+
+
+def _divided(x: Array, over: Array, spec: Sequence[Any]) -> Array:
+    sharding = jax.typeof(over).sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.reshard(x, sharding)
+
+
+def _spec(x: Array) -> tuple[Any, ...]:
+    spec = jax.typeof(x).sharding.spec
+    return (*spec, *[None] * (x.ndim - len(spec)))

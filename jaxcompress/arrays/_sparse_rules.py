@@ -18,7 +18,7 @@ from jaxcompress.arrays._bits import pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, register_product
-from jaxcompress.arrays._sparse import Sparse, scan_tiles
+from jaxcompress.arrays._sparse import Sparse, is_divided, scan_tiles
 
 TILE = 1 << 18
 """How many elements a tile decodes at once; a weight that is no larger is one tile."""
@@ -33,7 +33,7 @@ def _columns(w: Sparse) -> int:
 def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left."""
     last = w.ndim - 1
-    if not is_float(x) or params.get("out_sharding") is not None or last in dims.w_batch:
+    if not is_float(x) or params.get("out_sharding") is not None or last in dims.w_batch or is_divided(w.mask, last):
         return NotImplemented
     out_dtype = params["preferred_element_type"] or x.dtype
     columns, wide = _columns(w), jnp.promote_types(out_dtype, jnp.float32)
@@ -48,12 +48,13 @@ def _dot(x: Array, w: Sparse, dims: Dims, params: dict[str, Any]) -> Any:
         n_tiles = -(-w.length // columns)
         padded = jnp.pad(x, [(0, n_tiles * columns - w.length if axis == x_axis else 0) for axis in range(x.ndim)])
         xs = jnp.moveaxis(padded.reshape(*x.shape[:x_axis], n_tiles, columns, *x.shape[x_axis + 1 :]), x_axis, 0)
-        start = jax.eval_shape(lambda x: lax.dot_general(x, jnp.zeros(w.shape, x.dtype), dims.numbers), x)
+        start = jax.eval_shape(lambda x: multiply(x, w.materialise(), wide), x)
+        divided = start.sharding is not None and any(start.sharding.spec)  # over explicit axes of a mesh
         total, _ = scan_tiles(
             w,
             columns,
             lambda total, tile: (total + multiply(tile[1], tile[0], wide), None),
-            jnp.zeros(start.shape, wide),
+            jnp.zeros(start.shape, wide, device=start.sharding if divided else None),
             xs,
         )
         return total.astype(out_dtype)

@@ -157,6 +157,29 @@ def test_rows_that_are_asked_for_with_their_sharding(scheme, rng):
     np.testing.assert_allclose(out, np.asarray(w.materialise())[np.asarray(ids)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("spec", [(None, None), (None, "model"), ("model", None)])
+def test_a_divided_mask_under_explicit_axes(spec, rng):
+    """Products, rows that are looked up and derivatives, and the dense value: divided as those of the array are."""
+    on, w = mesh(AxisType.Explicit), sparse((16, 32))
+    array = w.materialise()
+    with jax.set_mesh(on):
+        x = jax.device_put(jnp.asarray(rng.normal(size=(8, 32)), jnp.float32), P("data"))
+        w_on = dataclasses.replace(w, mask=jax.device_put(w.mask, P(*spec)), values=jax.device_put(w.values, P()))
+        array_on = jax.device_put(array, P(*spec))
+
+        def both(x, w):
+            return x @ w.T, w.at[jnp.array([3, 9])].get(out_sharding=P()), (w * 2).sum()
+
+        out = jax.jit(compressed(both))(x, w_on)
+        for one, other in zip(out, jax.jit(both)(x, array_on), strict=True):
+            assert jax.typeof(one) == jax.typeof(other)
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert jax.typeof(w_on.materialise()) == jax.typeof(array_on)
+        change = jax.grad(lambda w: (compressed(lambda w: x @ w.T)(w) ** 2).sum(), allow_int=True)
+        expected = jax.grad(lambda w: ((x @ w.materialise().T) ** 2).sum(), allow_int=True)
+        np.testing.assert_allclose(jax.jit(change)(w_on).values, jax.jit(expected)(w).values, rtol=1e-4)
+
+
 @pytest.mark.parametrize("spec", [(None, "model"), ("model", None)])
 @pytest.mark.parametrize("scheme", [Affine(4), Affine(4, group=(0, 8)), NF4(group=(0, 8)), quantize.Ternary()])
 def test_packed_codes_and_groups_are_made_under_explicit_axes(scheme, spec, rng):

@@ -116,3 +116,45 @@ def test_a_row_with_nan_is_nan_and_the_others_stay(scheme):
     row = jnp.ones((1, 4)).at[0, 2].set(jnp.nan)
     out = dense(jax.jit(compressed(lambda c, row: jax.lax.dynamic_update_slice(c, row, (1, 0))))(cache, row))
     assert jnp.all(jnp.isnan(out[1])) and jnp.all(jnp.isfinite(out[jnp.array([0, 2])]))
+
+
+def _rows_at(cache, rows, at):
+    return jax.vmap(lambda c, row, i: jax.lax.dynamic_update_slice(c, row[None], (i, 0, 0)))(cache, rows, at)
+
+
+@pytest.mark.parametrize(
+    "write", [_rows_at, lambda cache, rows, at: cache.at[jnp.arange(len(rows)), at].set(rows)], ids=["vmap", "at"]
+)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        quantize.Affine(8, axes=OWN),
+        quantize.Affine(4, axes=OWN, symmetric=False),
+        quantize.Floats("float8_e4m3fn", axes=OWN),
+    ],
+    ids=["8 bits", "4 bits, shifted", "float8"],
+)
+def test_each_row_of_a_batch_is_written_at_its_own_place(scheme, write, rng):
+    """As continuous batching does it: the cache stays what it was, and holds what row after row would have given."""
+    cache = scheme.convert(jnp.asarray(rng.normal(size=(3, 40, 2, 6)), jnp.float32))
+    rows, at = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32), jnp.array([1, 39, 0])
+    step = jax.jit(compressed(write, strict=True)).lower(cache, rows, at).compile()
+    out = step(cache, rows, at)
+    assert jax.tree.structure(out) == jax.tree.structure(cache) and nbytes(out) == nbytes(cache)
+    one_by_one = cache
+    for row in range(3):
+        place = compressed(lambda c, x, row=row: jax.lax.dynamic_update_slice(c, x[None, None], (row, at[row], 0, 0)))
+        one_by_one = place(one_by_one, rows[row])
+    np.testing.assert_allclose(dense(out), dense(one_by_one), rtol=1e-6)
+    assert "f32[3,40,2,6]" not in step.as_text()
+
+
+def test_a_row_that_shares_a_step_or_a_byte_with_others_is_not_written_alone():
+    rows, at = jnp.ones((3, 2, 6)), jnp.array([1, 2, 0])
+    for axes in ((-3, -2), (-4, -3)):  # the batch's rows share steps, or the heads of a token
+        cache = quantize.Affine(8, axes=axes).convert(jnp.ones((3, 4, 2, 6)))
+        out = compressed(_rows_at)(cache, rows, at)
+        assert isinstance(out, Quantized) == (axes == (-4, -3))
+    cache = quantize.Affine(4, axes=(-4, -3, -2, -1)).convert(jnp.ones((3, 4, 2, 6)))
+    out = compressed(lambda c: c.at[:, :, :, 1].set(0.5))(cache)
+    assert isinstance(out, jax.Array) and float(out[0, 0, 0, 1]) == 0.5

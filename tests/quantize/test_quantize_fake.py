@@ -394,3 +394,30 @@ def test_refuses(net):
         quantize.fake(lambda p: p["w"], {"w": SPEC})({"w": jnp.arange(3)})
     with pytest.raises(TypeError, match="first positional"):
         quantize.fake(model.apply, RULES)()
+
+
+def test_linen_rounds_modules_of_its_own_and_names_those_of_others(rng):
+    """Of a module that a larger one has, the variables are not among the wrapped one's."""
+    x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+
+    class Head(nn.Module):
+        dense: nn.Module
+
+        def __call__(self, x):
+            return self.dense(x) + 1
+
+    class Outer(nn.Module):
+        own: bool
+
+        @nn.compact
+        def __call__(self, x):
+            shared = nn.Dense(4, parent=None) if self.own else nn.Dense(4)
+            return linen.FakeQuantized(Head(shared), (("kernel$", quantize.Affine(3)),))(x)
+
+    with pytest.raises(ValueError, match=r"Dense 'Dense_0' in Head: it belongs to Outer"):
+        Outer(own=False).init(jax.random.key(0), x)
+    variables = Outer(own=True).init(jax.random.key(0), x)
+    rounded = dense(quantize.convert(variables, {"kernel$": quantize.Affine(3)}))
+    (head,) = rounded["params"].values()
+    expected = x @ head["dense"]["kernel"] + 1
+    np.testing.assert_allclose(Outer(own=True).apply(variables, x), expected, rtol=1e-5)
