@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     ),
     "8-bit inputs, static, whole range": _static(quantize.MinMax()),
     "8-bit inputs, static, least squares": _static(quantize.LeastSquares()),
-    "8-bit inputs, static, entropy": _static(quantize.Entropy()),
+    "8-bit inputs, static, entropy": _static(quantize.Entropy(count_zeros=True)),
 }
 """Of what measures a network's inputs, the network and the bits: the quantized network."""
 

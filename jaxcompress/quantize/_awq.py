@@ -16,6 +16,7 @@ from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, fake_quantize
 from jaxcompress.quantize._scaling import (
     Pairs,
+    by_channel,
     check_pairs,
     check_same,
     move_scale,
@@ -66,7 +67,7 @@ def awq(
     Raises:
       UnmatchedRuleError: a rule matches no parameter.
       ValueError: a path that isn't there, a weight behind that no rule chooses or that has several matrices (stacked
-        layers, groups), sizes that don't fit, inputs that can't be measured, a function that scaling changes.
+        layers), sizes that don't fit, inputs that can't be measured, a function that scaling changes.
     """
     names = [name for name, _ in named_leaves(params, is_leaf)]
     specs = dict(zip(names, match(rules, names, None), strict=True))
@@ -90,10 +91,10 @@ def awq(
     for front, weights in pairs:
         seen = [statistics[name] for name in weights]
         channels = shared_channels(front, weights, leaves, layouts)
-        energy = sum(jnp.mean((s.squares / s.rows[:, None]).reshape(-1, channels), axis=0) for s in seen)
+        energy = sum(by_channel(jnp.mean, s.squares / s.rows[:, None], channels) for s in seen)
         scale = _searched(
             [leaves[name] for name in weights],
-            [s.gram[0] for s in seen if s.gram is not None],
+            [s.gram for s in seen if s.gram is not None],
             jnp.sqrt(energy),
             layouts=tuple(s.layout for s in seen),
             specs=tuple(specs[name] for name in weights),
@@ -108,7 +109,7 @@ def awq(
 @functools.partial(jax.jit, static_argnames=("layouts", "specs", "points"))
 def _searched(
     weights: list[Array],
-    grams: list[Float[Array, "inputs inputs"]],
+    grams: list[Float[Array, "groups inputs inputs"]],
     rms: Float[Array, " channels"],
     *,
     layouts: tuple[Layout, ...],
@@ -129,7 +130,7 @@ def _searched(
         for weight, gram, layout, spec in zip(weights, grams, layouts, specs, strict=True):
             scale = scale_at(power)
             rounded = multiplied(fake_quantize(multiplied(weight, scale, layout), spec), 1 / scale, layout)
-            error = layout.matrices((rounded - weight).astype(jnp.float32))[0]
+            error = layout.matrices((rounded - weight).astype(jnp.float32))
             total += jnp.sum(error * jnp.matmul(gram, error, precision=jax.lax.Precision.HIGHEST))
         return total
 

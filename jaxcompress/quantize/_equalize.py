@@ -12,7 +12,15 @@ from jaxcompress.calibrate import InputObserver, Layout
 from jaxcompress.calibrate._batches import check_batches
 from jaxcompress.calibrate._watched import Watcher, measured
 from jaxcompress.paths import named_leaves, with_leaves
-from jaxcompress.quantize._scaling import Pairs, check_pairs, check_same, move_scale, shared_channels, with_fronts
+from jaxcompress.quantize._scaling import (
+    Pairs,
+    by_channel,
+    check_pairs,
+    check_same,
+    move_scale,
+    shared_channels,
+    with_fronts,
+)
 
 
 def smooth(
@@ -57,7 +65,7 @@ def smooth(
     peaks = {name: jnp.max(jnp.stack([batch[name] for batch in seen]), axis=0) for name in behind}
     for front, weights in pairs:
         channels = shared_channels(front, weights, leaves, layouts)
-        of_inputs = jnp.max(jnp.stack([_by_channel(peaks[name], channels) for name in weights]), axis=0)
+        of_inputs = jnp.max(jnp.stack([by_channel(jnp.max, peaks[name][None], channels) for name in weights]), axis=0)
         of_weights = jnp.max(jnp.stack([_sizes(leaves[name], layouts[name], channels) for name in weights]), axis=0)
         silent = (of_inputs <= 0) | (of_weights <= 0)
         scale = jnp.where(silent, 1.0, of_inputs) ** strength / jnp.where(silent, 1.0, of_weights) ** (1 - strength)
@@ -127,10 +135,6 @@ def _checked(fn: Callable[[Any, Any], Any], params: Any, leaves: Any, batch: Any
     return scaled
 
 
-def _by_channel(per_input: Float[Array, " inputs"], channels: int) -> Float[Array, " channels"]:
-    return jnp.max(per_input.reshape(-1, channels), axis=0)
-
-
 def _sizes(weight: Array, layout: Layout, channels: int) -> Float[Array, " channels"]:
     """The largest weight of each channel of the inputs."""
-    return _by_channel(jnp.max(jnp.abs(layout.matrices(weight.astype(jnp.float32))[0]), axis=1), channels)
+    return by_channel(jnp.max, jnp.max(jnp.abs(layout.matrices(weight.astype(jnp.float32))), axis=2), channels)

@@ -133,10 +133,16 @@ class Entropy:
 
     The Kullback-Leibler divergence from the histogram, clipped values counted into its outermost bins, to its rounded
     form: the mean of all bins that share an integer, laid over those that are not empty. Made for 8 bits.
+
+    Attributes:
+      count_zeros: whether exact zeros count. They lie on the grid of any range, but would share their integer with what
+        is near them: behind a rectifier half of all values are zeros, and the least divergence would then be that of a
+        range so short that zero's bin has an integer of its own. Without, that bin counts as its neighbours do.
     """
 
     bins: int = 2048
     fractions: int = 128
+    count_zeros: bool = False
 
     def __post_init__(self) -> None:
         _check_histogram(self.bins, self.fractions)
@@ -144,6 +150,7 @@ class Entropy:
     def choose(self, seen: Seen, bits: int) -> tuple[float, float]:
         """Of ranges that leave at least one bin an integer."""
         middles, counts = _folded(seen) if seen.symmetric else (seen.middles, seen.counts)
+        counts = counts if self.count_zeros else _without_zeros(middles, counts)
 
         def divergence(low: float, high: float) -> float:
             inside = (middles >= low) & (middles <= high)
@@ -265,6 +272,14 @@ def _folded(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
     """The histogram of magnitudes, of one whose bounds are the same both ways (with an even number of bins)."""
     half = len(seen.middles) // 2
     return seen.middles[half:], seen.counts[half:] + seen.counts[:half][::-1]
+
+
+def _without_zeros(middles: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The counts, with that of the bin which holds zero replaced by its neighbours' mean."""
+    near = np.flatnonzero(np.abs(middles) < 0.51 * (middles[1] - middles[0]))  # two, where zero is the edge of both
+    at = near[np.argmax(counts[near])]
+    beside = [i for i in (at - 1, at + 1) if 0 <= i < counts.size]
+    return np.where(np.arange(counts.size) == at, np.mean(counts[beside]), counts)
 
 
 def hashable_ranges(ranges: Mapping[str, Range] | Iterable[tuple[str, Range]] | None) -> Any:

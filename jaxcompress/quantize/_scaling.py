@@ -51,7 +51,7 @@ def with_fronts(
     knows.
     """
     leaves = dict(named_leaves(params, is_leaf))
-    fewest = [(front, min(layouts[name].matrix_shape[1] for name in behind)) for front, behind in pairs]
+    fewest = [(front, min(_inputs(layouts[name]) for name in behind)) for front, behind in pairs]
     open_ = [name for front, inputs in fewest for name in front if _depth(leaves[name].shape, inputs) > 1]
     found = layouts_where_one(fn, params, batch, open_) if open_ else {}
     return {**found, **layouts}
@@ -61,15 +61,13 @@ def shared_channels(
     front: Sequence[str], weights: Sequence[str], leaves: Mapping[str, Array], layouts: Mapping[str, Layout]
 ) -> int:
     """How many scales the weights share with what is in front; raises ValueError where that has no answer."""
-    inputs = [layouts[name].matrix_shape[1] for name in weights]
+    inputs = [_inputs(layouts[name]) for name in weights]
     for name in weights:
-        if layouts[name].matrix_shape[0] != 1:
-            raise ValueError(
-                f"{name!r} is {layouts[name].matrix_shape[0]} matrices (stacked or grouped): scale it alone"
-            )
+        if layouts[name].matrix_shape[0] != layouts[name].groups:
+            raise ValueError(f"{name!r} is {layouts[name].matrix_shape[0]} matrices (stacked): scale it alone")
     for channels in (min(inputs), leaves[front[0]].shape[-1]):
         makes_them = all(_makes(leaves[name].shape, channels, layouts.get(name)) for name in front)
-        if makes_them and not any(n % channels for n in inputs):
+        if makes_them and not any(_inputs(layouts[w]) % channels or channels % layouts[w].groups for w in weights):
             return channels
     shapes = {name: leaves[name].shape for name in (*front, *weights)}
     raise ValueError(f"what is in front does not end with the channels of what is behind: {shapes}")
@@ -92,8 +90,21 @@ def _depth(shape: tuple[int, ...], channels: int) -> int:
 def multiplied(weight: Array, scale: Float[Array, " channels"], layout: Layout) -> Array:
     """The weight with each of its inputs' channels multiplied."""
     matrices = layout.matrices(weight)
-    along = jnp.tile(scale, matrices.shape[1] // scale.size)
-    return layout.weight((matrices * along[:, None]).astype(weight.dtype))
+    own = scale.reshape(layout.groups, -1)  # the channels that each group of a convolution reads
+    along = jnp.tile(own, matrices.shape[1] // own.shape[1])
+    return layout.weight((matrices * along[:, :, None]).astype(weight.dtype))
+
+
+def by_channel(
+    reduce: Callable[..., Array], per_input: Float[Array, "groups inputs"], channels: int
+) -> Float[Array, " channels"]:
+    """`reduce` over the places (under a kernel, of an image) at which each channel of the inputs is met."""
+    groups = per_input.shape[0]
+    return reduce(per_input.reshape(groups, -1, channels // groups), axis=1).reshape(channels)
+
+
+def _inputs(layout: Layout) -> int:
+    return layout.groups * layout.matrix_shape[1]
 
 
 def check_same(

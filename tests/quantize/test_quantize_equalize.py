@@ -50,6 +50,43 @@ def convolutions(p, x):
     return y.reshape(x.shape[0], -1) @ p["c"]
 
 
+@pytest.mark.parametrize("groups", [2, 6])
+def test_grouped_convolutions_stand_behind_what_makes_their_channels(rng, groups):
+    """As in MobileNet and ResNeXt: input channel `c` is read by group `c // (channels / groups)` alone."""
+    a_group = 6 // groups
+    spread = jnp.exp(2 * normal(rng, 6))
+    narrow = spread.reshape(groups, a_group).T  # [channel in its group, group]
+    params = {
+        "a": normal(rng, 1, 1, 3, 6) * spread,
+        "b": normal(rng, 3, 3, a_group, 6) / jnp.repeat(narrow, a_group, axis=1),
+        "c": normal(rng, 1, 1, 6, 4),
+    }
+
+    def fn(p, x):
+        y = jax.nn.relu(lax.conv_general_dilated(x, p["a"], (1, 1), "SAME", dimension_numbers=NHWC))
+        y = lax.conv_general_dilated(y, p["b"], (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=groups)
+        return lax.conv_general_dilated(jax.nn.relu(y), p["c"], (1, 1), "SAME", dimension_numbers=NHWC)
+
+    batches = [normal(rng, 4, 5, 5, 3)]
+    pairs = quantize.pairs(fn, params, batches[0])
+    assert pairs == [(["a"], ["b"]), (["b"], ["c"])]
+    equal = quantize.equalize(fn, params, batches[0], pairs)
+    takes = np.abs(equal["b"]).max((0, 1)).reshape(a_group, groups, a_group).max(2).T.reshape(6)
+    np.testing.assert_allclose(np.abs(equal["a"]).max((0, 1, 2)), takes, rtol=1e-2)
+    smoothed = quantize.smooth(fn, params, batches, pairs[:1])
+    peaks = np.asarray(jax.nn.relu(batches[0] @ params["a"][0, 0])).max((0, 1, 2))
+    sizes = np.abs(params["b"]).max((0, 1)).reshape(a_group, groups, a_group).max(2).T.reshape(6)
+    scale = np.sqrt(peaks / sizes)
+    np.testing.assert_allclose(smoothed["a"], params["a"] / scale, rtol=1e-4)
+    np.testing.assert_allclose(
+        smoothed["b"], params["b"] * np.repeat(scale.reshape(groups, -1).T, a_group, axis=1), rtol=1e-4
+    )
+    rules = {"^b$": Affine(3, axes=())}
+    rounded = [quantize.convert(p, rules) for p in (params, quantize.awq(fn, params, batches, rules, pairs[:1]))]
+    plain, scaled = (np.linalg.norm(compressed(fn)(p, batches[0]) - fn(params, batches[0])) for p in rounded)
+    assert scaled < 0.7 * plain
+
+
 @pytest.mark.slow
 def test_equalisation_ends_where_both_sides_are_alike(rng):
     spread = jnp.exp(2 * normal(rng, 6))

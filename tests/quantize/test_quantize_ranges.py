@@ -75,6 +75,16 @@ def test_entropy_clips_what_is_rare_and_keeps_what_is_even(rng):
     assert ranges_of(even, Entropy(), symmetric=True)[1] > 0.95
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_entropy_does_not_give_up_what_a_rectifier_lets_through(rng, symmetric):
+    """Half of all values are zeros, which any range has: they are no reason for a short one."""
+    x = np.maximum(rng.normal(size=20_000), 0)
+    assert ranges_of(x, Entropy(), symmetric=symmetric)[1] > 3
+    assert ranges_of(x, Entropy(count_zeros=True), symmetric=symmetric)[1] < 2.5
+    mostly = np.where(rng.random(20_000) < 0.8, 0, rng.normal(size=20_000))
+    assert ranges_of(mostly, Entropy(), symmetric=symmetric)[1] > 3
+
+
 def test_histograms_are_those_of_numpy_wherever_the_product_stands(rng):
     """Under jit, remat, scan (sliced and not), cond, vmap and on a sharded batch; of several uses together."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
