@@ -132,6 +132,7 @@ def time_pairs(
     *,
     calls: int | None = None,
     seconds: float = 0.1,
+    warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float]]:
     """Mean seconds a call of candidate and of baseline, one pair a round, called in the order A B, B A, A B, ...
@@ -146,6 +147,8 @@ def time_pairs(
       rounds: how many pairs to return.
       calls: calls of each in one round; by default as many as make the baseline take `seconds`.
       seconds: see `calls`.
+      warm: whether a call that isn't timed comes before each that is. Without, the caches hold what the other one left:
+        right for what meets its weights once in a while, but a whole network that serves finds its own there.
       clock: the time in seconds (a test may hand in its own).
 
     Returns:
@@ -163,8 +166,8 @@ def time_pairs(
             pair = [0.0, 0.0]
             for j in range(calls):
                 first = (i + j) % 2  # A B, B A, A B, ...
-                pair[first] += _seconds(baseline if first else candidate, clock)
-                pair[1 - first] += _seconds(candidate if first else baseline, clock)
+                pair[first] += _seconds(baseline if first else candidate, clock, warm)
+                pair[1 - first] += _seconds(candidate if first else baseline, clock, warm)
             totals[0].append(pair[0] / calls)
             totals[1].append(pair[1] / calls)
             gc.collect()
@@ -179,6 +182,7 @@ def paired(
     *,
     calls: int | None = None,
     seconds: float = 0.1,
+    warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     **detail: Any,
 ) -> Figure:
@@ -191,10 +195,11 @@ def paired(
       rounds: how many; nine give an interval of 96 % coverage.
       calls: see `time_pairs`.
       seconds: see `time_pairs`.
+      warm: see `time_pairs`.
       clock: see `time_pairs`.
       **detail: kept in the record's detail, beside the two median times in milliseconds.
     """
-    ours, theirs = time_pairs(candidate, baseline, rounds, calls=calls, seconds=seconds, clock=clock)
+    ours, theirs = time_pairs(candidate, baseline, rounds, calls=calls, seconds=seconds, warm=warm, clock=clock)
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     medians = {"ms": 1e3 * statistics.median(ours), "baseline_ms": 1e3 * statistics.median(theirs)}
     return summary(ratios, "x", baseline_name, **medians, **detail)
@@ -225,7 +230,9 @@ def compiled_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> d
     }
 
 
-def _seconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
+def _seconds(function: Callable[[], Any], clock: Callable[[], float], warm: bool = False) -> float:
+    if warm:
+        jax.block_until_ready(function())
     start = clock()
     jax.block_until_ready(function())
     return clock() - start

@@ -105,7 +105,7 @@ def _cut_by(
     shares: Sequence[float],
     planned: Callable[[channels.Groups, float], channels.Plan],
 ) -> dict[float, Figure]:
-    """How many times faster a network is with each share cut."""
+    """How many times faster a network is with each share cut, each run again and again as one that serves."""
     fn, shapes, x = make()
     params = architectures.random_like(shapes)
     inputs = _inputs(x)
@@ -122,6 +122,7 @@ def _cut_by(
             partial(whole, params, inputs),
             f"the whole network, {ratio:.2f} times the operations",
             rounds,
+            warm=True,
             flops_ratio=ratio,
             gflops=before / 1e9,
             parameters=list(plan.parameters),

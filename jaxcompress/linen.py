@@ -80,8 +80,8 @@ def _check_own(inner: nn.Module) -> None:
         for x in held:
             if _is_module(x.parent) and not any(x.parent is each for each in within):
                 raise ValueError(
-                    f"FakeQuantized cannot round {type(x).__name__} {x.name!r} in {type(inner).__name__}: it belongs to "
-                    f"{type(x.parent).__name__}, which has its variables. Make it in a method of "
+                    f"FakeQuantized cannot round {type(x).__name__} {x.name!r} in {type(inner).__name__}: it belongs "
+                    f"to {type(x.parent).__name__}, which has its variables. Make it in a method of "
                     f"{type(inner).__name__}, or with parent=None; or wrap {type(x.parent).__name__}"
                 )
         within += held

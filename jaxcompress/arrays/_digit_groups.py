@@ -29,7 +29,7 @@ def suits(x: Array, w: Quantized, dims: Dims, least: int = LEAST) -> bool:
     stored = w.of_integers and (packed or (w.bits == 8 and w.zero_point is None and not w.turned))
     whole = w.group[1] >= least and w.shape[0] % w.group[1] == 0 and w.ndim > 1 and w.size >= WORTH
     rows = dims.rows(x)
-    return stored and whole and isinstance(rows, int) and rows > 1 and multiplies_bytes()
+    return stored and whole and isinstance(rows, int) and rows > 0 and multiplies_bytes()
 
 
 def group_sums(codes: Int8[Array, "digits rows n"], w: Quantized, input_zero: Any = 0) -> Float[Array, "rows k"]:

@@ -75,7 +75,7 @@ def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quant
 
 def groups_by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
     """`otherwise(x, w)`, the product with a weight that has a scale a group, likewise where that can be, and pays."""
-    if not (_narrow(x) and in_groups.suits(x, w, dims, in_groups.OF_DIGITS) and dims.rows(x) <= FEW):
+    if not (_narrow(x) and in_groups.suits(x, w, dims, in_groups.OF_DIGITS) and 1 < dims.rows(x) <= FEW):
         return otherwise(x, w)
     return _on_cpu(functools.partial(_grouped_product, dims=dims), otherwise, x, w)
 

@@ -441,7 +441,10 @@ def test_recorded_teachers_that_saw_more_help_shallow_and_thin_students_in_every
         (lambda: distill_mnist.main(distill_mnist.Config(parts=("all",))), "parts are table, temperatures, ensemble"),
         (lambda: distill_why.main(distill_why.Config(parts=())), "parts are smoothing, partial, targets; got none"),
         (lambda: distill_pairs.main(distill_pairs.Config(teacher="resnet9")), "no network resnet9: there are resnet20"),
-        (lambda: distill_pairs.main(distill_pairs.Config(methods=("x",))), "no method x: there are labels alone, label sm"),
+        (
+            lambda: distill_pairs.main(distill_pairs.Config(methods=("x",))),
+            "no method x: there are labels alone, label sm",
+        ),
         (lambda: distill_capacity.main(distill_capacity.Config(parts=("x",))), "parts are growing, shapes; got x"),
         (
             lambda: distill_methods.main(distill_methods.Config(data="no", methods=("x",))),
