@@ -79,10 +79,10 @@ def _check_own(inner: nn.Module) -> None:
         held = [x for x in jax.tree.leaves(fields, is_leaf=_is_module) if _is_module(x)]
         for x in held:
             if _is_module(x.parent) and not any(x.parent is each for each in within):
+                one, here, there = (type(each).__name__ for each in (x, inner, x.parent))
                 raise ValueError(
-                    f"FakeQuantized cannot round {type(x).__name__} {x.name!r} in {type(inner).__name__}: it belongs "
-                    f"to {type(x.parent).__name__}, which has its variables. Make it in a method of "
-                    f"{type(inner).__name__}, or with parent=None; or wrap {type(x.parent).__name__}"
+                    f"FakeQuantized cannot round {one} {x.name!r} in {here}: it belongs to {there}, which has its "
+                    f"variables. Make it in a method of {here}, or with parent=None; or wrap {there}"
                 )
         within += held
         left += held

@@ -143,6 +143,9 @@ def _static_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
 def _scatter(tracer: Tracer, call: Call) -> list[Value]:
     x, indices, updates = call.inputs
     numbers = call.params["dimension_numbers"]
+    places = _places(x, indices, updates, numbers)
+    if places is not None:
+        return [_scattered(tracer, call, *places)]
     inserted, batch = numbers.inserted_window_dims, numbers.operand_batching_dims
     windows = [d for d in range(x.ndim) if d not in inserted and d not in batch]
     tracer.freeze(indices, [indices.ndim - 1], "the coordinates of a scatter")
@@ -164,9 +167,61 @@ def _scatter(tracer: Tracer, call: Call) -> list[Value]:
         labels[d], zero[d] = x.labels[d], x.zero[d] and updates.zero[rows[j]]
     tracer.freeze(x, inserted, "it is scattered into")
     _check_sums(tracer, updates, rows, batch, numbers)
-    if call.name == "scatter" and call.params["update_jaxpr"] is not None:
-        zero = [False] * x.ndim  # x.at[...].apply(f), and f(0) may be anything
-    return [tracer.value(call.avals[0], labels, zero)]
+    return [tracer.value(call.avals[0], labels, _zero(call, zero))]
+
+
+def _zero(call: Call, zero: list[bool]) -> list[bool]:
+    applied = call.name == "scatter" and call.params["update_jaxpr"] is not None
+    return [False] * len(zero) if applied else zero  # x.at[...].apply(f), and f(0) may be anything
+
+
+def _places(x: Value, indices: Value, updates: Value, numbers: Any) -> tuple[int, int | None, np.ndarray] | None:
+    """(axis, the updates' axis, the places) of a scatter along one axis, at places known while tracing.
+
+    The updates have no such axis where they go to a single place.
+    """
+    if len(numbers.scatter_dims_to_operand_dims) != 1 or numbers.operand_batching_dims or indices.ndim > 2:
+        return None
+    (axis,) = numbers.scatter_dims_to_operand_dims
+    others = [d for d in range(x.ndim) if d not in numbers.inserted_window_dims]
+    windows = dict(zip(others, numbers.update_window_dims, strict=True))
+    rows = [i for i in range(updates.ndim) if i not in numbers.update_window_dims]
+    whole = all(d == axis or (d in windows and updates.shape[windows[d]] == n) for d, n in enumerate(x.shape))
+    found = concrete(indices)
+    if not whole or found is None or not found.size or (axis in windows and rows):
+        return None
+    first = found.reshape(-1).astype(np.int64)
+    places = first + np.arange(updates.shape[windows[axis]]) if axis in windows else first
+    if not places.size or places.min() < 0 or places.max() >= x.shape[axis]:
+        return None
+    return axis, windows.get(axis, rows[0] if rows else None), places
+
+
+def _scattered(tracer: Tracer, call: Call, axis: int, along: int | None, places: np.ndarray) -> Value:
+    x, indices, updates = call.inputs
+    numbers, label = call.params["dimension_numbers"], x.labels[axis]
+    tracer.freeze(indices, range(indices.ndim), "the coordinates of a scatter")
+    others = [d for d in range(x.ndim) if d not in numbers.inserted_window_dims]
+    zero = list(x.zero)
+    for d, i in zip(others, numbers.update_window_dims, strict=True):
+        if d != axis:
+            tracer.atoms.unify(x.labels[d], updates.labels[i], "scattered into a whole axis")
+            zero[d] = x.zero[d] and updates.zero[i]
+    written = tracer.piece(label[places], "a single index is written to by itself") if label is not None else None
+    if along is not None:
+        tracer.atoms.unify(written, updates.labels[along], "scattered to places that stay")
+        zero[axis] = x.zero[axis] and updates.zero[along]
+    call.inputs, call.extra, call.run = [x, updates], (axis, places, indices.ndim), _scattered_run
+    return tracer.value(call.avals[0], x.labels, _zero(call, zero))
+
+
+def _scattered_run(runner: Any, step: Step, inputs: list[Any]) -> list[Any]:
+    axis, places, ndim = step.extra
+    value, (x, updates) = step.inputs[0], inputs
+    left = runner.positions(value.labels[axis], value.shape[axis])
+    moved = np.searchsorted(left, places[np.isin(places, left)]).astype(np.int32)
+    indices = moved[:, None] if ndim == 2 else moved[:1]  # one behind the other they were, and are
+    return [step.primitive.bind(x, indices, updates, **step.params)]
 
 
 def _check_sums(tracer: Tracer, updates: Value, rows: Sequence[int], batch: Sequence[int], numbers: Any) -> None:

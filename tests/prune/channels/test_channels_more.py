@@ -315,6 +315,34 @@ def test_caches_written_and_read_at_a_place_an_example_keep_their_channels_free(
     assert channels.verify(fn, params, plan, x, places).ok
 
 
+@pytest.mark.parametrize(
+    ("write", "tied"),
+    [
+        (lambda h, u: h.at[:, :3].set(0), None),
+        (lambda h, u: h.at[..., ::2].add(u), [0, 2, 4, 6]),
+        (lambda h, u: h.at[:, 4:].multiply(u), [4, 5, 6, 7]),
+        (lambda h, u: h.at[:, np.array([7, 1, 0, 5])].set(u), [7, 1, 0, 5]),
+        (lambda h, u: h.at[:, 2].set(0), None),
+    ],
+    ids=["slice", "strided", "end", "listed", "single"],
+)
+def test_channels_written_at_places_known_while_tracing_stay_free(write, tied):
+    m = Maker()
+    params, x = {"a": m(5, 8), "b": m(5, 4), "c": m(8, 3)}, batches(1)[0]
+
+    def fn(p, x):
+        return jax.nn.relu(write(x @ p["a"], x @ p["b"])) @ p["c"]
+
+    groups = channels.groups(fn, params, x)
+    plan = channels.plan(groups, channels.random(groups, jax.random.key(1)), ratio=0.5)
+    kept = plan.keep["a"][1]
+    assert len(kept) < 8 and channels.verify(fn, params, plan, x).ok
+    if tied is not None:  # what is written goes with its place
+        assert [i for i in range(4) if tied[i] in kept] == sorted(plan.keep.get("b", {}).get(1, range(4)))
+    elif write(jnp.ones((1, 8)), None)[0, 1]:
+        assert 2 in kept
+
+
 def test_complex_weights_count_by_their_magnitudes():
     rng = np.random.default_rng(0)
     a, c = (rng.normal(size=s) * 0.1 + 1j * rng.normal(size=s) for s in [(5, 8), (8, 3)])
