@@ -189,7 +189,7 @@ class Quantized(Leaf):
     @property
     def as_integers(self) -> bool:
         """Whether inputs and weights multiply as integers."""
-        return self.activation_bits is not None and self.zero_point is None and self.of_integers
+        return self.activation_bits is not None and self.of_integers
 
     @property
     def of_codes(self) -> bool:

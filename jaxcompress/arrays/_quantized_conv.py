@@ -29,7 +29,11 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
         w_batch=(),
     )
     if not (shared and w.group is None and params["batch_group_count"] == 1):
-        return Otherwise(rounded_input(x, w, dims))
+        x = rounded_input(x, w, dims)
+        if max(params["batch_group_count"], params["feature_group_count"]) > 1:
+            return Otherwise(x)
+        whole = functools.partial(lax.conv_general_dilated_p.bind, x, **params)
+        return tiled_outputs(lambda w: whole(w.materialise().astype(x.dtype)), w, out_axis, numbers.out_spec[1])
     out_dtype = params["preferred_element_type"] or x.dtype
     scale = _along(w.steps.reshape(-1), x.ndim, numbers.out_spec[1])
 
@@ -61,10 +65,16 @@ def _conv_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> A
     """The convolution of integers, scaled by the inputs' steps."""
     numbers, (codes, step, zero) = params["dimension_numbers"], input_codes(x, w, dims)
     as_integers = params | {"preferred_element_type": jnp.dtype("int32")}
-    w_codes = w.codes()
+    w_codes, out_axis, groups = w.codes(), numbers.rhs_spec[0], params["feature_group_count"]
+    convolve = functools.partial(lax.conv_general_dilated_p.bind, **as_integers)
 
     def integers(codes: Array) -> Array:
-        return lax.conv_general_dilated_p.bind(codes, w_codes, **as_integers)
+        sums = convolve(codes, w_codes)
+        if w.zero_point is None:
+            return sums
+        ones = jnp.ones([groups if axis == out_axis else size for axis, size in enumerate(w.shape)], jnp.int8)
+        windows = jnp.repeat(convolve(codes, ones), w.shape[out_axis] // groups, axis=numbers.out_spec[1])
+        return sums - windows * _along(w.zero_point.astype(jnp.int32).reshape(-1), x.ndim, numbers.out_spec[1])
 
     def weight_sums() -> Array:  # where the kernel is over the padding, only what is inside counts
         one = [1 if axis == numbers.lhs_spec[0] else size for axis, size in enumerate(x.shape)]
@@ -75,10 +85,10 @@ def _conv_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> A
     def as_floats() -> Array:  # of integers, added up in float32
         number, whole = jnp.float32, {"precision": (lax.Precision.HIGHEST,) * 2, "preferred_element_type": jnp.float32}
         centred = codes.astype(number) if zero is None else codes.astype(number) - zero
-        return lax.conv_general_dilated_p.bind(centred, w_codes.astype(number), **params | whole)
+        return lax.conv_general_dilated_p.bind(centred, w.centred(number), **params | whole)
 
     sums_of = functools.partial(exact, codes, zero, integers, weight_sums)
-    if zero is None and codes.dtype == jnp.int8:
+    if zero is None and w.zero_point is None and codes.dtype == jnp.int8:
         sums = sums_of()
     else:  # a GPU's kernels for integers give nothing but the product of two int8
         sums = lax.platform_dependent(cuda=as_floats, default=sums_of)

@@ -5,13 +5,16 @@ A product with a weight `scale * codes` is taken apart where the scale allows it
 * the scale is constant along the contracted axes (per tensor, per output channel): multiply with the integers, then
   scale the output;
 * it varies along the contracted axes only (a tied embedding read backwards): scale the input, then multiply;
-* it varies along both (groups): one product a group, scaled, and summed.
+* it varies along both (groups): one product a group, scaled, and summed;
+* else (groups along the outputs): a large weight is decoded and scaled tile by tile, a small one as a whole.
 
 Where the weight asks for it, inputs become integers too: `x = step (codes - zero)`. Then the products of integers are
-added up exactly, in int32; `zero` times the sum of a weight's codes is taken off, and the rest is scaled. Derivatives
-pass straight through the rounding, as in training: they are those of the product with floats.
+added up exactly, in int32; `zero` times the sum of a weight's codes is taken off (and a weight's own zero point times
+the sum of the inputs' codes), and the rest is scaled. Derivatives pass straight through the rounding, as in training:
+they are those of the product with floats.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -68,6 +71,8 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
         way = _dot_scaled_inputs
     elif w.group and varies == [w.group[0] + w.ndim] and params.get("out_sharding") is None:
         way = _dot_scaled_groups
+    elif is_tiled(x, w, dims) and params.get("out_sharding") is None:
+        return _dot_scaled_tiles(x, w, dims, params).astype(params["preferred_element_type"] or x.dtype)
     else:
         return _left_to_dense(x, w, dims)
     product = functools.partial(way, dims=dims, params=params)
@@ -107,7 +112,7 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
     def floats(x: Array, w: Quantized) -> Array:
         def decoded(x: Array, w: Quantized) -> Array:
             on_cpu = functools.partial(_dot_columns_scaled, dims=dims, params=params)
-            wide, decode = x.astype(compute_dtype(x)), _scaled if w.of_codes else None
+            wide, decode = x.astype(compute_dtype(x)), _decode(w, _scaled)
             return tiled(on_cpu, wide, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
 
         return groups_by_digits(decoded, rounded_input(x, w, dims), w, dims)
@@ -158,11 +163,17 @@ def _dot_columns_scaled(x: Array, w: Quantized, dims: Dims, params: dict[str, An
     return by_columns(functools.partial(_dot_scaled, dims=dims, params=params), x, w, dims)
 
 
+def _dot_scaled_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    """Where no scale can be taken out (groups along the outputs, as of a table read backwards): scaled, by tiles."""
+    x, scaled = rounded_input(x, w, dims), functools.partial(_dot_columns_scaled, dims=dims, params=params)
+    return tiled(scaled, x.astype(compute_dtype(x)), w, dims, whole=lambda: scaled(x, w), decode=_decode(w, _scaled))
+
+
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
     """The unscaled product of floats, decoded tile by tile where that is faster; inputs may be scaled first."""
     x = rounded_input(x, w, dims)
     x = x if per_input is None else x * per_input
-    decode = _centred if w.of_codes else None
+    decode = _decode(w, _centred)
     product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def floats(x: Array, w: Quantized) -> Array:
@@ -174,9 +185,12 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_i
 def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """The product of integers, scaled by the inputs' steps."""
     product = functools.partial(_dot_floats, dims=dims, params=params)
+    middle = None if w.zero_point is None else _middle(w.spread(w.zero_point), dims, x.ndim)
+    centred, w = functools.partial(w.centred, jnp.int16), dataclasses.replace(w, zero_point=None)
 
     def integers(codes: Array) -> Array:
-        return anywhere(codes) if w.bits == 8 else row_twice(anywhere, codes, dims)
+        sums = anywhere(codes) if w.bits == 8 else row_twice(anywhere, codes, dims)
+        return sums if middle is None else sums - middle * _row_sums(codes, dims, w.ndim)
 
     def anywhere(codes: Array) -> Array:
         def whole() -> Array:
@@ -201,7 +215,7 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
         )
 
     codes, step, zero = input_codes(x, w, dims)
-    sums = _summed(codes, zero, integers, lambda: _weight_sums(w.codes(), dims, x.ndim), dims, w.ndim)
+    sums = _summed(codes, zero, integers, lambda: _weight_sums(centred(), dims, x.ndim), dims, w.ndim)
     return sums * _along_weight(step, dims, w.ndim)
 
 
@@ -210,10 +224,26 @@ def _summed(codes: Array, zero: Array | None, product: Any, weight_sums: Any, di
     return exact(codes, None if zero is None else _along_weight(zero, dims, w_ndim), product, weight_sums)
 
 
+def _middle(zero_point: Array, dims: Dims, x_ndim: int) -> Array:
+    """A weight's zero points, int32, along the output's axes."""
+    numbers = zero_point.astype(jnp.int32)
+    return along_output(numbers, dims.w_contract, dims.w_batch, before=len(dims.x_free(x_ndim)), after=0)
+
+
+def _row_sums(codes: Array, dims: Dims, w_ndim: int) -> Array:
+    """The sum of the inputs' codes over the contracted axes, int32, along the output's axes."""
+    return _along_weight(jnp.sum(codes, axis=dims.x_contract, keepdims=True, dtype=jnp.int32), dims, w_ndim)
+
+
 def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
     """The sum of the codes over the contracted axes, int32, along the output's axes."""
     sums = jnp.sum(codes, axis=dims.w_contract, keepdims=True, dtype=jnp.int32)
     return along_output(sums, dims.w_contract, dims.w_batch, before=len(dims.x_free(x_ndim)), after=0)
+
+
+def _decode(w: Quantized, decoded: Any) -> Any:
+    """`decoded`, for a product by lanes, where values are codes."""
+    return decoded if w.of_codes else None
 
 
 def _centred(w: Quantized, dtype: Any) -> list[Array]:
@@ -268,13 +298,19 @@ def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], zero
     if is_float(x):
         product = _dot_floats(x, w, grouped, params, of_weight)
     else:
-        codes = of_weight(jnp.int8)
+        codes = split_axis(w.codes(), w_axis, groups, size)
+        middle = None if w.zero_point is None else _middle(jnp.expand_dims(w.zero_point, w_axis + 1), grouped, x.ndim)
         zero = None if zero is None else jnp.expand_dims(zero, x_axis)
+
+        def integers(x: Array) -> Array:
+            sums = _dot_integers(x, codes, grouped, params)
+            return sums if middle is None else sums - middle * _row_sums(x, grouped, codes.ndim)
+
         product = _summed(
             x,
             zero,
-            lambda x: _dot_integers(x, codes, grouped, params),
-            lambda: _weight_sums(codes, grouped, x.ndim),
+            integers,
+            lambda: _weight_sums(of_weight(jnp.int16), grouped, x.ndim),
             grouped,
             codes.ndim,
         )

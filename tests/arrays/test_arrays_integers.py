@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
+from jax import export, lax
 
 from jaxcompress import compressed
 from jaxcompress.arrays import _integers
 from jaxcompress.arrays._integers import multiply_integers
 from jaxcompress.arrays._products import Dims
-from jaxcompress.quantize import Affine, quantize
+from jaxcompress.quantize import Affine, Range, convert, quantize, static
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +133,54 @@ def test_pieces_that_would_be_too_short_are_not_cut() -> None:
     for rows in (1, 8, 9):
         w = jnp.ones((_integers.LEAST, 4), jnp.int8)
         assert _integers._piece(w, Dims((1,), (0,), (), ()), rows) == _integers.LEAST
+
+
+@pytest.mark.parametrize("group", [None, (0, 24)])
+@pytest.mark.parametrize("ends", [None, (-2.0, 2.0), (-1.0, 3.0)])
+def test_weights_with_a_zero_point_multiply_as_integers_too(group: tuple[int, int] | None, ends: object) -> None:
+    """`(x - zero) (w - zero)`, the sums exact: an oracle in whole numbers has the same, to the last rounding."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 70)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(70, 10)) + 0.3, jnp.float32)
+    rules = {"w": Affine(8, group=group, symmetric=False, activation_bits=8)}
+    small = convert({"w": w}, rules)
+    if ends is not None:
+        small = static(small, {"w": Range(*np.float32(ends))})
+    leaf = small["w"]
+    step = np.abs(x).max(1, keepdims=True) / np.float32(127) if ends is None else np.asarray(leaf.input_scale)
+    zero = 0 if leaf.input_zero_point is None else np.asarray(leaf.input_zero_point)
+    low = -128 if leaf.input_zero_point is not None else -127
+    codes = np.clip(np.round(x / step) + zero, low, 127) - zero
+    centred = np.asarray(leaf.codes(), int) - np.asarray(leaf.spread(leaf.zero_point), int)
+    parts = [slice(i, i + 24) for i in range(0, 70, 24)] if group else [slice(None)]
+    sums = [codes[:, part].astype(int) @ centred[part] for part in parts]
+    oracle = sum(s * np.asarray(scale, float) for s, scale in zip(sums, leaf.scale, strict=True)) * step.astype(float)
+    run = compressed(lambda p, x: x @ p["w"])
+    np.testing.assert_allclose(run(small, x), oracle, rtol=3e-6 if group else 3e-7, atol=1e-7 * np.abs(oracle).max())
+    assert "xi32>" in jax.jit(run).lower(small, x).as_text()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_with_a_zero_point_convolve_as_integers_too(groups: int) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 5, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 4 // groups, 6)) + 0.3, jnp.float32)
+
+    def convolve(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, p["k"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    small = static(
+        convert({"k": kernel}, {"k": Affine(8, symmetric=False, activation_bits=8)}), {"k": Range(*np.float32([-1, 3]))}
+    )
+    leaf = small["k"]
+    zero = np.asarray(leaf.input_zero_point)
+    codes = np.clip(np.round(x / np.asarray(leaf.input_scale)) + zero, -128, 127) - zero
+    centred = np.asarray(leaf.codes(), int) - np.asarray(leaf.zero_point, int)
+    sums = convolve({"k": jnp.asarray(centred, jnp.float32)}, jnp.asarray(codes, jnp.float32))  # below 2**24
+    oracle = np.asarray(sums, float) * np.asarray(leaf.scale, float) * float(leaf.input_scale.ravel()[0])
+    out = jax.jit(compressed(convolve))(small, x)
+    np.testing.assert_allclose(out, oracle, rtol=3e-7, atol=1e-7 * np.abs(oracle).max())
+    assert "xi32>" in jax.jit(compressed(convolve)).lower(small, x).as_text()

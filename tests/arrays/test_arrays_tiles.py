@@ -10,7 +10,7 @@ from jax import export, lax
 
 from jaxcompress import compressed
 from jaxcompress.arrays import Quantized, _digits, _lanes, _tiles
-from jaxcompress.quantize import Affine, Floats, quantize
+from jaxcompress.quantize import NF4, Affine, Floats, quantize
 
 
 @pytest.fixture
@@ -191,3 +191,32 @@ def test_a_small_weight_is_decoded_at_once(monkeypatch) -> None:
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     x, w = normal(2, 64), quantize(normal(64, 64, seed=1))
     assert loops(compressed(jnp.dot), x, w) == 0
+
+
+@pytest.mark.parametrize("scheme", [NF4(), Affine(8, group=(0, 128)), Affine(4, group=(0, 64), symmetric=False)])
+def test_a_table_whose_groups_lie_along_the_outputs_is_decoded_by_tiles(scheme, monkeypatch) -> None:
+    """Read backwards, its scale can be taken out neither before nor behind the product."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    n = 1024
+    rng = np.random.default_rng(0)
+    table = scheme.convert(jnp.asarray(rng.normal(size=(n, n)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(2, n)), jnp.float32)
+    backwards = compressed(lambda table, x: x @ table.T)
+    compiled = jax.jit(backwards).lower(table, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * n * n
+    wanted = np.asarray(x, float) @ np.asarray(table.materialise(), float).T
+    np.testing.assert_allclose(compiled(table, x), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_kernels_with_groups_are_decoded_by_tiles(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rng = np.random.default_rng(0)
+    kernel = NF4().convert(jnp.asarray(rng.normal(size=(3, 3, 128, 512)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(1, 4, 4, 128)), jnp.float32)
+
+    def convolve(kernel, x):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    compiled = jax.jit(compressed(convolve)).lower(kernel, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4 * kernel.size
+    np.testing.assert_allclose(compiled(kernel, x), convolve(kernel.materialise(), x), rtol=1e-5, atol=1e-4)
