@@ -203,7 +203,7 @@ def test_a_table_whose_groups_lie_along_the_outputs_is_decoded_by_tiles(scheme, 
     x = jnp.asarray(rng.normal(size=(2, n)), jnp.float32)
     backwards = compressed(lambda table, x: x @ table.T)
     compiled = jax.jit(backwards).lower(table, x).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * n * n
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * 4 * n * n
     wanted = np.asarray(x, float) @ np.asarray(table.materialise(), float).T
     np.testing.assert_allclose(compiled(table, x), wanted, rtol=1e-5, atol=1e-4)
 
