@@ -147,8 +147,9 @@ def time_pairs(
       rounds: how many pairs to return.
       calls: calls of each in one round; by default as many as make the baseline take `seconds`.
       seconds: see `calls`.
-      warm: whether a call that isn't timed comes before each that is. Without, the caches hold what the other one left:
-        right for what meets its weights once in a while, but a whole network that serves finds its own there.
+      warm: whether each is called in a row, for `seconds` a round and once before that isn't timed, as a network that
+        serves is. Otherwise caches and allocator are as the other one left them: right for what meets its weights once
+        in a while, such as one layer of many.
       clock: the time in seconds (a test may hand in its own).
 
     Returns:
@@ -158,18 +159,27 @@ def time_pairs(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     jax.block_until_ready(candidate())
     jax.block_until_ready(baseline())
+
+    def fitting(function: Callable[[], Any]) -> int:
+        return calls or max(1, math.ceil(seconds / max(_seconds(function, clock), 1e-9)))
+
+    both = candidate, baseline
+    totals: tuple[list[float], list[float]] = ([], [])
     with _no_collection():
-        if calls is None:
-            calls = max(1, math.ceil(seconds / max(_seconds(baseline, clock), 1e-9)))
-        totals: tuple[list[float], list[float]] = ([], [])
+        counts = [fitting(f) for f in both] if warm else [fitting(baseline)] * 2
         for i in range(rounds):
             pair = [0.0, 0.0]
-            for j in range(calls):
-                first = (i + j) % 2  # A B, B A, A B, ...
-                pair[first] += _seconds(baseline if first else candidate, clock, warm)
-                pair[1 - first] += _seconds(candidate if first else baseline, clock, warm)
-            totals[0].append(pair[0] / calls)
-            totals[1].append(pair[1] / calls)
+            if warm:
+                for which in (i % 2, 1 - i % 2):
+                    jax.block_until_ready(both[which]())
+                    pair[which] = sum(_seconds(both[which], clock) for _ in range(counts[which]))
+            else:
+                for j in range(counts[0]):
+                    first = (i + j) % 2  # A B, B A, A B, ...
+                    for which in (first, 1 - first):
+                        pair[which] += _seconds(both[which], clock)
+            for times, total, count in zip(totals, pair, counts, strict=True):
+                times.append(total / count)
             gc.collect()
     return totals
 
@@ -230,9 +240,7 @@ def compiled_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> d
     }
 
 
-def _seconds(function: Callable[[], Any], clock: Callable[[], float], warm: bool = False) -> float:
-    if warm:
-        jax.block_until_ready(function())
+def _seconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
     start = clock()
     jax.block_until_ready(function())
     return clock() - start

@@ -105,7 +105,7 @@ def _cut_by(
     shares: Sequence[float],
     planned: Callable[[channels.Groups, float], channels.Plan],
 ) -> dict[float, Figure]:
-    """How many times faster a network is with each share cut, each run again and again as one that serves."""
+    """How many times faster a network is with each share cut, each called in a row, as one that serves is."""
     fn, shapes, x = make()
     params = architectures.random_like(shapes)
     inputs = _inputs(x)
