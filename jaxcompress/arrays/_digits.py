@@ -32,22 +32,18 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
     Weights of more axes are matrices too, if the contracted ones are the first of them or the last.
     """
     at_outputs = w.zero_point is None or all(w.zero_point.shape[axis] == 1 for axis in dims.w_contract)
-    if (
-        not (w.of_integers and at_outputs)
-        or not dims.w_contract
-        or dims.w_batch
-        or (w.turned and w.ndim > 2)
-        or jax.device_count() > 1
-    ):
+    plain = w.of_integers and at_outputs and not dims.w_batch and not (w.turned and w.ndim > 2)
+    if not plain or not dims.w_contract or jax.device_count() > 1:
         return False
-    along = _along(w, dims)
+    along, packed = _along(w, dims), w.bits < 8
     if along is None or math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP:
         return False
-    if w.bits < 8 and (w.length is None or w.length % (8 // w.bits) or w.size < WORTH):
+    if packed and (w.length is None or w.length % (8 // w.bits) or w.size < WORTH):
+        return False
+    if (packed or along == 0) and not multiplies_bytes():
         return False
     # codes stored with the contracted axis first are laid out anew for each product, for which one row does not pay
-    either = multiplies_bytes() if w.bits < 8 or along == 0 else True
-    return either and (along == 1 or dims.rows(x) != 1)
+    return along == 1 or dims.rows(x) != 1
 
 
 def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int32[Array, "*output"]:
