@@ -1,8 +1,9 @@
 """BERT-base beside TinyBERT's student: `python -m experiments.distill_tinybert --data-dir DIR`.
 
 Parameters and the time of one sentence, padded to 128 tokens, for networks with fresh weights: what Jiao et al. 2020
-give as 13.3% and 10.6%. Sentences are SST-2's (`train.tsv` and `dev.tsv` in DIR or DIR/sst2), with a number for each
-word; which number, and what the weights are, does not change the time. Nothing is trained and no test data are read.
+give as 13.3% and 10.6%. Sentences are SST-2's (`train.tsv` and `dev.tsv` in DIR or DIR/sst2), or bundled ones with
+`--data descriptions`, with a number for each word; which number, and what the weights are, does not change the time.
+Nothing is trained and no test data are read.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from experiments._bert import BASE, TINY, Bert, Size
 from experiments._command import run_main
 from experiments._distilling import bars, command, gathered, written
 from experiments._results import Column
-from experiments.data._texts import sentences
+from experiments._splits import SplitRecord
+from experiments.data._texts import load_texts, sentences, texts_of
 from jaxcompress import report
 
 
@@ -28,6 +30,7 @@ class Config(_distilling.Config):
     """The cost of BERT-base and of TinyBERT's student."""
 
     data: str = "sst2"
+    """The sentences: sst2 (with --data-dir), or descriptions."""
     seeds: int = 5
     """How many sentences are timed, one after the other."""
     tokens: int = 128
@@ -38,6 +41,7 @@ class Config(_distilling.Config):
 
 
 SHORT = Config(
+    data="descriptions",
     seeds=2,
     tokens=8,
     repeats=1,
@@ -56,11 +60,19 @@ def numbered(sentence: str, size: Size, tokens: int) -> tuple[jax.Array, jax.Arr
     return jnp.asarray(row), jnp.asarray(np.arange(tokens)[None] < len(numbers))
 
 
+def found_sentences(config: Config) -> tuple[list[str], dict[str, SplitRecord]]:
+    """The training sentences, and what a result says of the splits."""
+    if config.data == "sst2":  # without its test file
+        texts, train = sentences(config.data_dir, "train")
+        return texts, {"train": train, "validation": sentences(config.data_dir, "dev")[1]}
+    dataset = load_texts(config.data, config.data_dir)
+    return texts_of(dataset.train), {"train": dataset.train.record(), "validation": dataset.validation.record()}
+
+
 def main(config: Config) -> _results.Result:
     """Builds both, times them, and writes the result and the figure."""
     c = config
-    texts, train = sentences(c.data_dir, "train")
-    _, validation = sentences(c.data_dir, "dev")
+    texts, splits = found_sentences(c)
     figures: list[tuple[str, int, dict[str, float]]] = []
     measured: dict[str, list[dict[str, float]]] = {}
     runs: dict[str, Any] = {}
@@ -81,12 +93,12 @@ def main(config: Config) -> _results.Result:
             figures.append((name, i, ours | shares))
     rows = gathered(figures, {"TinyBERT's student": {"parameters_share": 13.3, "milliseconds_share": 10.6}})
     result = _results.Result(
-        name="distill_tinybert_sst2",
+        name=f"distill_tinybert_{c.data}",
         title="What TinyBERT's student costs",
         source="Jiao et al. 2020, table 1, where the time is that of a GPU.",
         command=command("distill_tinybert", c),
-        data="sst2",
-        splits={"train": train, "validation": validation},
+        data=c.data,
+        splits=splits,
         selection="nothing was chosen",
         choices=(),
         test_reads=(),

@@ -171,13 +171,16 @@ def test_bert_does_not_see_padding():
 def test_the_cost_of_tinybert(tmp_path):
     for part in ("train", "dev"):
         (tmp_path / f"{part}.tsv").write_text("a fine film\t1\nno tab , but words\t0\n")
-    result = distill_tinybert.main(dataclasses.replace(distill_tinybert.SHORT, data_dir=tmp_path, out=tmp_path))
+    bundled = distill_tinybert.main(dataclasses.replace(distill_tinybert.SHORT, out=tmp_path))
+    assert checked(bundled, tmp_path) and bundled.name == "distill_tinybert_descriptions"
+    config = dataclasses.replace(distill_tinybert.SHORT, data="sst2", data_dir=tmp_path, out=tmp_path)
+    result = distill_tinybert.main(config)
     rows = checked(result, tmp_path)
     assert result.splits["train"].examples == 2 and not result.test_reads
     small = rows["TinyBERT's student"]
     assert small["parameters_share"].mean == 100 * small["parameters"].mean / rows["BERT-base"]["parameters"].mean
     with pytest.raises(DataNotFoundError, match=r"no SST-2: neither .*sst2/train\.tsv nor .*; give --data-dir"):
-        distill_tinybert.main(dataclasses.replace(distill_tinybert.SHORT, data_dir=tmp_path / "empty"))
+        distill_tinybert.main(dataclasses.replace(config, data_dir=tmp_path / "empty"))
     tokens, mask = distill_tinybert.numbered("a fine a film", distill_tinybert.SHORT.small, 6)
     assert mask.tolist() == [[True] * 4 + [False] * 2] and tokens[0, 0] == tokens[0, 2] > 0 == tokens[0, 4]
 

@@ -113,8 +113,8 @@ def test_the_validation_split_is_trained_on_where_nothing_is_chosen():
 def test_maps_of_one_size_are_compared():
     """Of VGG and MobileNetV2, whose stages' sizes are these, and of two networks with one size in common."""
     vgg = [(32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512), (4, 4, 512)]
-    mobile = [(16, 16, 8), (8, 8, 12), (4, 4, 16), (2, 2, 32), (2, 2, 48), (1, 1, 80), (1, 1, 160)]
-    assert comparable(mobile, vgg) == ([0, 1, 2], [1, 2, 4])
+    mobile = [(16, 16, 8), (16, 16, 12), (8, 8, 16), (4, 4, 32), (4, 4, 48), (2, 2, 80), (2, 2, 160)]
+    assert comparable(mobile, vgg) == ([1, 2, 4], [1, 2, 4])
     with pytest.raises(ValueError, match="two sizes of maps that both networks have"):
         comparable(mobile, vgg[:2])
 
