@@ -27,6 +27,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxcompress._files import replacing
 from jaxcompress.arrays import Quantized, is_leaf
@@ -56,7 +57,8 @@ def save(path: str | os.PathLike[str], params: Any) -> dict[str, Any]:
     Args:
       path: of the file; it is replaced at once, or not at all.
       params: nested dicts. Kernels are matrices, `[inputs, outputs]`, quantized per tensor, per output or per group of
-        inputs; the last step of their path may be `kernel`, which becomes `weight`.
+        inputs; the last step of their path may be `kernel`, which becomes `weight`. What has no arrays (None, an empty
+        dict) is not in the file.
 
     Returns:
       The `quantization_config`, which the file's metadata holds too.
@@ -119,7 +121,7 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: not a safetensors file; no config, or one of another layout; tensors that it names are missing; a
-        kernel with scales that this library has no leaf for.
+        kernel with scales that this library has no leaf for; integers of more than 32 bits without `jax_enable_x64`.
     """
     tensors, metadata = _read(path)
     if config is None:
@@ -139,8 +141,15 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any] | None = None) 
     for module, group in list(_modules(config, tensors)):
         _put(tree, steps(f"{module}.kernel"), _put_together(module, group, tensors))
     for name, array in tensors.items():
-        _put(tree, steps(name), jnp.asarray(array))
+        _put(tree, steps(name), _on_device(name, array))
     return tree
+
+
+def _on_device(name: str, array: np.ndarray) -> Array:
+    found = jnp.asarray(array)
+    if np.issubdtype(array.dtype, np.integer) and found.dtype != array.dtype and not np.array_equal(found, array):
+        raise ValueError(f"{name!r} has numbers that {found.dtype} does not hold: set jax_enable_x64 to load it")
+    return found
 
 
 def _array(name: str, leaf: Any) -> np.ndarray:

@@ -100,6 +100,15 @@ def test_arrays_of_every_dtype_come_back_or_are_refused_by_their_path(tmp_path):
             tensors.save(path, {"a": {"b": leaf}})
 
 
+def test_integers_that_32_bits_do_not_hold_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors.save(path, {"steps": np.int64([5])})
+    assert int(tensors.load(path)["steps"][0]) == 5
+    tensors.save(path, {"steps": np.int64([2**40])})
+    with pytest.raises(ValueError, match=r"'steps' has numbers that int32 does not hold: set jax_enable_x64"):
+        tensors.load(path)
+
+
 @pytest.mark.parametrize("targets", [["Linear"], ["re:model[.]"]])
 def test_files_of_other_programs(targets, tmp_path, rng):
     """As llm-compressor writes them: classes or patterns for targets, scales in bfloat16, fields left out."""

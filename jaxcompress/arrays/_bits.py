@@ -8,6 +8,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int8, UInt8
 
 
+def are_integers(x: Array, low: int, high: int) -> bool:
+    """Whether all entries are integers from `low` to `high`; of traced ones nobody knows, and they pass."""
+    if isinstance(x, jax.core.Tracer) or not x.size:
+        return True
+    with jax.ensure_compile_time_eval():  # constants of a function that is being traced
+        return bool(_all_integers(x, low, high))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # so that no float of each is written down
+def _all_integers(x: Array, low: int, high: int) -> Array:
+    x = x.astype(jnp.float32)
+    return jnp.all((x >= low) & (x <= high) & (x == jnp.round(x)))
+
+
 def pack_bits(mask: Bool[Array, "*lead n"]) -> UInt8[Array, "*lead bytes"]:
     """Eight booleans a byte; the last byte is padded with zeros."""
     return jnp.packbits(mask, axis=-1, bitorder="little")

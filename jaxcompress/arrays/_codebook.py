@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, UInt8
 
-from jaxcompress.arrays._bits import chosen, from_table, index_parts, pack_indices, unpack_indices
+from jaxcompress.arrays._bits import are_integers, chosen, from_table, index_parts, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
 
 FUSED = 128  # centroids; of twice as many XLA for a TPU wrote the selects to memory, 25 GB of them
@@ -43,7 +43,8 @@ class Codebook(Leaf):
         """A leaf from its indices, `[*shape]`, and its centroids, `[*blocks, k]`.
 
         Raises:
-          ValueError: more than 256 centroids, or blocks that are neither 1 nor the weight's along an axis.
+          ValueError: more than 256 centroids, blocks that are neither 1 nor the weight's along an axis, or indices of
+            no centroid, unless traced.
         """
         k = centroids.shape[-1]
         fits = centroids.ndim == indices.ndim + 1 and all(
@@ -54,6 +55,8 @@ class Codebook(Leaf):
                 f"want centroids of shape [*blocks, k] with k from 1 to 256 and blocks of 1 or the weight's size along "
                 f"each axis, got {centroids.shape} for indices of shape {indices.shape}"
             )
+        if not are_integers(indices, 0, k - 1):
+            raise ValueError(f"indices of {k} centroids are integers from 0 to {k - 1}; these are not")
         bits = next(bits for bits in (1, 2, 4, 8) if 2**bits >= k)
         return cls(
             indices=pack_indices(indices.astype(jnp.uint8), bits),

@@ -13,7 +13,15 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int4, Int8, UInt8
 
-from jaxcompress.arrays._bits import chosen, from_table, pack_signed, repeated, signed_parts, unpack_signed
+from jaxcompress.arrays._bits import (
+    are_integers,
+    chosen,
+    from_table,
+    pack_signed,
+    repeated,
+    signed_parts,
+    unpack_signed,
+)
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
 
@@ -77,24 +85,26 @@ class Quantized(Leaf):
         """A leaf from its integer codes, `[*shape]`, and its scales, broadcastable to them but for a grouped axis.
 
         Raises:
-          ValueError: other bits than 8, 4 or 2; scales whose shape is neither shared, per index nor per group; codes
-            that are no integers of so many bits, unless traced.
+          ValueError: other bits than 8, 4 or 2; scales or zero points whose shape is neither shared, per index nor per
+            group; codes that are no integers of so many bits, or zero points of 8, unless traced.
         """
         if bits not in (2, 4, 8):
             raise ValueError(
                 f"Quantized stores 8, 4 or 2 bits, got bits={bits}; fewer levels fit into the next of these"
             )
-        for axis in range(-codes.ndim, 0):
-            size, steps = codes.shape[axis], scale.shape[axis] if scale.ndim == codes.ndim else -1
-            per_group = group is not None and group[0] == axis and steps == -(-size // group[1])
-            if steps not in (1, size) and not per_group:
-                raise ValueError(
-                    f"scale of shape {scale.shape} does not fit codes of shape {codes.shape}, group={group}"
-                )
-        if codes.size and not isinstance(codes, jax.core.Tracer):
-            low, high = -(2 ** (bits - 1)), 2 ** (bits - 1 if levels is None else bits) - 1
-            if not bool(jnp.all((codes >= low) & (codes <= high) & (codes == jnp.round(codes)))):
-                raise ValueError(f"codes of {bits} bits are integers from {low} to {high}; these are not")
+        for what, blocks in (("scale", scale), ("zero point", scale if zero_point is None else zero_point)):
+            for axis in range(-codes.ndim, 0):
+                size, steps = codes.shape[axis], blocks.shape[axis] if blocks.ndim == codes.ndim else -1
+                per_group = group is not None and group[0] == axis and steps == -(-size // group[1])
+                if steps not in (1, size) and not per_group:
+                    raise ValueError(
+                        f"{what} of shape {blocks.shape} does not fit codes of shape {codes.shape}, group={group}"
+                    )
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1 if levels is None else bits) - 1
+        if not are_integers(codes, low, high):
+            raise ValueError(f"codes of {bits} bits are integers from {low} to {high}; these are not")
+        if zero_point is not None and not are_integers(zero_point, -128, 127):
+            raise ValueError("a zero point is an integer from -128 to 127; these are not")
         codes = codes.astype(jnp.int8)
         return cls(
             values=pack_signed(codes, bits),

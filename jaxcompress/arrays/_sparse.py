@@ -38,7 +38,7 @@ class Sparse(Leaf):
           stacked: how many leading axes stack weights, as `nn.scan` does; each keeps its own number of values.
 
         Raises:
-          ValueError: shapes that differ, or nothing left to mask behind the stacked axes.
+          ValueError: shapes that differ, no elements, or nothing left to mask behind the stacked axes.
           TypeError: called under `jit`, where the number of kept values can't be known.
         """
         array = jnp.asarray(array)
@@ -47,13 +47,15 @@ class Sparse(Leaf):
             raise ValueError(f"mask of shape {mask.shape} for an array of shape {array.shape}")
         if array.ndim <= stacked:
             raise ValueError(f"an array of shape {array.shape} has no axis behind its {stacked} stacked ones")
+        if not array.size:
+            raise ValueError(f"an array of shape {array.shape} has no elements, kept or not: leave it as it is")
         if isinstance(mask, jax.core.Tracer):
             raise TypeError("Sparse.from_dense counts the kept values, so it can't run under jit: call it outside")
         lead = array.shape[:stacked]
         flat_mask = mask.reshape(*lead, math.prod(array.shape[stacked:]))
         kept = max(1, int(jnp.max(jnp.sum(flat_mask, axis=-1), initial=0)))  # at least one: orbax refuses empty arrays
         first = jnp.argsort(~flat_mask, axis=-1, stable=True)[..., :kept]
-        flat = jnp.where(flat_mask, array.reshape(flat_mask.shape), 0)
+        flat = jnp.where(flat_mask, array.reshape(flat_mask.shape), jnp.zeros((), array.dtype))
         values = jnp.take_along_axis(flat, first, axis=-1)
         return cls(mask=pack_bits(mask), values=values, length=array.shape[-1])
 

@@ -219,8 +219,8 @@ def _found(fn: Callable[[Any, Any], Any], params: Any, batch: Any, names: list[s
         if not use.layouts:
             met = f"it met only {', '.join(dict.fromkeys(use.other))}" if use.other else "the function does not use it"
             raise ValueError(
-                f"{name!r} meets no input in a product or convolution ({met}): leave it out of the rules, or give it "
-                f"the rule None"
+                f"{name!r} meets no floating-point input in a product or convolution ({met}): leave it out of the "
+                f"rules, or give it the rule None"
             )
         if len(set(use.layouts)) > 1:
             raise ValueError(

@@ -235,6 +235,8 @@ def _planned(rules: paths.Rules[Penalty | None], params: Any) -> list[Penalty | 
             continue
         if not isinstance(term, L1 | GroupLasso):
             raise ValueError(f"the rule for {name!r} gives {term!r}: want prune.L1(strength), GroupLasso or None")
+        if not hasattr(x, "dtype"):
+            raise ValueError(f"{name!r} is a {type(x).__name__}, no array: give it the rule None")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name!r} is {x.dtype}: only floating-point weights can be penalized")
         try:

@@ -39,6 +39,8 @@ def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool)
     pattern = Unstructured(value) if isinstance(value, int | float) else value
     if not isinstance(pattern, Pattern):
         raise ValueError(f"the rule for {name!r} gives {value!r}: want a pattern, a sparsity in [0, 1), or None")
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"{name!r} is a {type(x).__name__}, no array: give it the rule None")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name!r} is {x.dtype}: only floating-point weights can be pruned; give it the rule None")
     try:

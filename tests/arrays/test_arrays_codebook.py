@@ -100,3 +100,6 @@ def test_bad_centroids() -> None:
         Codebook.from_indices(jnp.zeros((2, 3), int), jnp.zeros((1, 1, 300)))
     with pytest.raises(ValueError, match="blocks"):
         Codebook.from_indices(jnp.zeros((2, 3), int), jnp.zeros((1, 2, 4)))
+    for wrong in (3, 256, -1, 0.5):
+        with pytest.raises(ValueError, match="integers from 0 to 2"):
+            Codebook.from_indices(jnp.full((2, 3), wrong), jnp.zeros((1, 1, 3)))

@@ -8,7 +8,7 @@ import pytest
 from jax import export
 from leaves import KINDS, quantized, sparse
 
-from jaxcompress.arrays import Quantized, Sparse, compressed, dense, is_leaf, nbytes
+from jaxcompress.arrays import Codebook, Quantized, Sparse, compressed, dense, is_leaf, nbytes
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "groups"])
@@ -57,6 +57,14 @@ def test_dense_leaves_other_leaves_alone():
     assert [is_leaf(x) for x in jax.tree.leaves(tree, is_leaf=is_leaf)] == [True, False, False]
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int4", "uint8", "float8_e4m3fn", "complex64"])
+def test_sparse_keeps_the_dtype(dtype):
+    array = jnp.asarray([[1, 0, 1]]).astype(dtype)
+    found = Sparse.from_dense(array).materialise()
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, array)
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16])
 def test_sparse_round_trip(length, rng):
     array = np.where(rng.random((5, length)) < 0.5, rng.normal(size=(5, length)), 0).astype(np.float32)
@@ -76,6 +84,9 @@ def test_sparse_refuses():
         Sparse.from_dense(jnp.ones(3), jnp.ones(2, bool))
     with pytest.raises(ValueError, match="no axis behind"):
         Sparse.from_dense(jnp.ones(3), stacked=1)
+    for shape in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="has no elements"):
+            Sparse.from_dense(jnp.zeros(shape))
     with pytest.raises(TypeError, match="outside"):
         jax.jit(Sparse.from_dense)(jnp.ones(3))
 
@@ -90,3 +101,20 @@ def test_from_codes_refuses():
     for wrong, bits in [(8, 4), (-9, 4), (2, 2), (128, 8), (0.5, 8), (jnp.nan, 8)]:
         with pytest.raises(ValueError, match=f"codes of {bits} bits are integers from"):
             Quantized.from_codes(jnp.full((4, 6), wrong), jnp.ones((1, 6)), bits=bits)
+    for wrong in (128, 0.5):
+        with pytest.raises(ValueError, match="zero point is an integer"):
+            Quantized.from_codes(codes, jnp.ones((1, 6)), jnp.full((1, 6), wrong))
+    with pytest.raises(ValueError, match=r"zero point of shape \(6,\) does not fit"):
+        Quantized.from_codes(codes, jnp.ones((1, 6)), jnp.zeros(6))
+
+
+def test_constants_of_a_traced_function_make_leaves():
+    codes = jnp.ones((4, 6), jnp.int8)
+
+    @jax.jit
+    def product(x):
+        leaves = (Quantized.from_codes(codes, jnp.ones((1, 6))), Codebook.from_indices(codes, jnp.ones((1, 1, 2))))
+        return [compressed(jnp.matmul)(x, w) for w in leaves]
+
+    for found in product(jnp.ones((2, 4))):
+        np.testing.assert_array_equal(found, 4)

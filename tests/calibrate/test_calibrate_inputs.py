@@ -291,8 +291,9 @@ def test_what_cannot_be_measured(rng):
     params = {"w": normal(rng, 4, 4), "i": jnp.arange(3), "v": normal(rng, 4, 4)}
     x = normal(rng, 2, 4)
     for message, fn in {
-        "'w' meets no input .*only slice": lambda p, x: x + p["w"][:2],
-        "'w' meets no input .*does not use": lambda p, x: x,
+        "'w' meets no floating-point input .*only slice": lambda p, x: x + p["w"][:2],
+        "'w' meets no floating-point input .*only dot_general": lambda p, x: x.astype(int) @ p["w"],
+        "'w' meets no floating-point input .*does not use": lambda p, x: x,
         "nothing was measured for 'w'": lambda p, x: lax.stop_gradient(x @ p["w"]),
         "no floating-point array": lambda p, x: jnp.argmax(x @ p["w"]),
         "while_loop": lambda p, x: lax.while_loop(lambda x: jnp.sum(x) < 0, lambda x: x * 2, x @ p["w"]),

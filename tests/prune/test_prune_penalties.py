@@ -197,6 +197,7 @@ def test_a_learning_rate_may_be_a_hyperparameter():
         (lambda: prune.penalize({"w": 0.1}).init({"w": KERNEL}), "want prune.L1"),
         (lambda: prune.penalize({"x": prune.L1(1.0)}).init({"w": KERNEL}), "matches no path"),
         (lambda: prune.penalize({"w": prune.L1(1.0)}).init({"w": jnp.arange(3)}), "only floating-point"),
+        (lambda: prune.penalize({"w": prune.L1(1.0)}).init({"w": 2.5}), "'w' is a float, no array"),
         (lambda: prune.proximal({"w": prune.GroupLasso(1.0, -3)}, 0.1).init({"w": KERNEL}), "'w'.*no such axis"),
         (lambda: prune.penalize({"w": prune.GroupLasso(1.0, prune.kernels(0))}).init({"w": KERNEL}), "'w'.*4 axes"),
         (lambda: prune.penalize({"w": prune.L1(1.0)}).update({"w": KERNEL}, optax.EmptyState()), "params"),

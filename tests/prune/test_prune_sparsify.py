@@ -250,6 +250,7 @@ def test_rules_take_the_first_match_and_none_keeps_dense() -> None:
         ({"kernel": prune.NM(2, 4)}, P, ValueError, "'dense/kernel': 2:4 .* pad=True"),
         ({"kernel": "2:4"}, P, ValueError, "'dense/kernel' gives '2:4': want a pattern"),
         ({"ids": 0.5}, P, ValueError, "'ids' is int32: only floating-point"),
+        ({"w": 0.5}, {"w": 2.5}, ValueError, "'w' is a float, no array"),
         ({"bias": 0.95}, P, ValueError, "'dense/bias' of shape .* lose all its weights .* allow_empty=True"),
         ({"w": 0.5}, {"w": jnp.array([1.0, jnp.nan])}, ValueError, "not finite .* 'w'"),
         ({"w": 0.5}, {"w": jnp.array([1.0, -jnp.inf], jnp.bfloat16)}, ValueError, "not finite"),

@@ -25,6 +25,7 @@ from jaxcompress.prune.channels._convolve import as_written
 from jaxcompress.prune.channels._tape import Tape, Tracer, Value, live
 
 OUTPUT = "an output of the function (free_out names outputs that may shrink)"
+KEYS = "random keys"
 
 
 @dataclass(eq=False)
@@ -98,6 +99,8 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], free_out: Se
             value.labels = tuple(tracer.atoms.fresh(n) if n > 1 else None for n in value.shape)
             value.zero = (True,) * value.ndim
             value.source = (i, tuple((axis,) for axis in range(value.ndim)))
+            if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+                tracer.freeze(value, range(value.ndim), KEYS)
         inputs.append(value)
     params_before = [Value(v.shape, v.dtype, v.labels, v.zero) for v in inputs[: len(names)]]
     tape = Tape(inputs)

@@ -137,6 +137,19 @@ def test_local_ratio_rounding_minimum_and_rules():
     assert channels.plan(groups, scores, 0.9, scope="global", max_ratio=0.5).widths["w1[1]"] == (16, 8)
 
 
+def test_keys_among_the_parameters_are_no_units():
+    params, x = setting()
+    params["keys"] = jax.random.split(jax.random.key(0), 8)
+
+    def noisy(params, x):
+        return dense(params, x + jax.random.normal(params["keys"][0], x.shape))
+
+    groups = channels.groups(noisy, params, x)
+    plan = channels.plan(groups, channels.norm(groups, params), 0.5)
+    assert "keys" not in plan.keep and plan.keep
+    assert channels.shrink(noisy, params, plan)(plan.apply(params), x).shape == noisy(params, x).shape
+
+
 @pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
 def test_targets_are_reached_and_hardly_overshot(scope):
     fn, params, args = ZOO["vit"]()
