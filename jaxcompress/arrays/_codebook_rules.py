@@ -127,4 +127,4 @@ def _convert(w: Codebook, **params: Any) -> Any:
 
 @register(primitives.sharding_constraint_p)
 def _sharding_constraint(w: Codebook, **params: Any) -> Codebook:
-    return dataclasses.replace(w, indices=constrain_like(w.indices, w.shape, params))
+    return dataclasses.replace(w, indices=constrain_like(w.indices, params))

@@ -31,6 +31,7 @@ from quax._primitives import scan_quax
 from quax._trace import _QuaxTrace
 
 from jaxcompress.arrays._leaf import Leaf, is_leaf, register
+from jaxcompress.arrays._products import fitting
 
 _quax_custom_jvp = _QuaxTrace.process_custom_jvp_call
 
@@ -45,13 +46,15 @@ def _scan(*args: quax.ArrayValue | ArrayLike, **params: Any) -> Any:
 
 @register(reshard_p)
 def _reshard(w: Leaf, *, dst_sharding: Any, **params: Any) -> Any:
-    """A leaf that goes where its type won't say how it is divided: onto automatic axes, as `.at[].get` takes it."""
-    if any(entry is not None for entry in dst_sharding.spec):
-        return NotImplemented
+    """A leaf on other axes, its children as they fit: onto automatic ones and back, as `.at[]` takes it."""
 
     def there(child: jax.Array) -> jax.Array:
-        spec = jax.sharding.PartitionSpec(*[None] * child.ndim)
-        return reshard_p.bind(child, dst_sharding=dst_sharding.update(spec=spec), **params)
+        spec = [None] * child.ndim
+        if child.ndim == w.ndim:  # not what is no part of the axis: a table, packed bytes
+            own = zip(fitting(dst_sharding, child.shape), child.shape, w.shape, strict=True)
+            spec = [entry if size == n else None for entry, size, n in own]
+        sharding = dst_sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+        return reshard_p.bind(child, dst_sharding=sharding, **params)
 
     return jax.tree.map(there, w)
 

@@ -202,16 +202,21 @@ def block_map(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     return blocks
 
 
-def constrain_like(child: Array, shape: Sequence[int], params: dict[str, Any]) -> Array:
-    """`sharding_constraint` of a leaf of this shape, on a child of its rank: axes that don't divide stay whole."""
+def constrain_like(child: Array, params: dict[str, Any]) -> Array:
+    """`sharding_constraint` of a leaf, on a child of its rank: axes that don't divide stay whole."""
     sharding = params["sharding"]
     if not isinstance(sharding, NamedSharding):
         return child
+    kept = fitting(sharding, child.shape)
+    sharding = NamedSharding(sharding.mesh, kept, memory_kind=sharding.memory_kind)
+    return primitives.sharding_constraint_p.bind(child, **params | {"sharding": sharding})
+
+
+def fitting(sharding: NamedSharding, shape: Sequence[int]) -> PartitionSpec:
+    """The sharding's spec for an array of another shape of the same rank: axes that don't divide stay whole."""
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     sizes = [math.prod(sharding.mesh.shape[name] for name in mesh_axes(entry)) for entry in spec]
-    kept = [entry if size % n == 0 else None for entry, size, n in zip(spec, child.shape, sizes, strict=True)]
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
-    return primitives.sharding_constraint_p.bind(child, **params | {"sharding": sharding})
+    return PartitionSpec(*[entry if size % n == 0 else None for entry, size, n in zip(spec, shape, sizes, strict=True)])
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:

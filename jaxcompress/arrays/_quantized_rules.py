@@ -64,6 +64,8 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     """The product with the input on the left, where the scale can be taken out of it."""
     if not is_float(x):
         return NotImplemented
+    if not all(isinstance(size, int) for size in w.shape):  # a cache under jax.export: the ways are chosen by sizes
+        return _left_to_dense(x, w, dims)
     varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
     if not varies:
         way = _dot_scaled_outputs

@@ -141,9 +141,9 @@ def _convert(w: Quantized, **params: Any) -> Any:
 @register(primitives.sharding_constraint_p)
 def _sharding_constraint(w: Quantized, **params: Any) -> Quantized:
     if w.turned:
-        values = jnp.swapaxes(constrain_like(jnp.swapaxes(w.values, -1, -2), w.shape, params), -1, -2)
+        values = jnp.swapaxes(constrain_like(jnp.swapaxes(w.values, -1, -2), params), -1, -2)
     else:
-        values = constrain_like(w.values, w.shape, params)
-    scale = constrain_like(w.scale, w.shape, params)
-    zero_point = None if w.zero_point is None else constrain_like(w.zero_point, w.shape, params)
+        values = constrain_like(w.values, params)
+    scale = constrain_like(w.scale, params)
+    zero_point = None if w.zero_point is None else constrain_like(w.zero_point, params)
     return dataclasses.replace(w, values=values, scale=scale, zero_point=zero_point)

@@ -54,7 +54,7 @@ def _scatter(w: Quantized, indices: ArrayLike, update: ArrayLike, **params: Any)
 
 def _own(w: Quantized) -> list[int]:
     """The axes along which each index has a step of its own."""
-    return [axis for axis in range(w.ndim) if w.scale.shape[axis] == w.shape[axis] and w.shape[axis] > 1]
+    return [axis for axis in range(w.ndim) if w.scale.shape[axis] == w.shape[axis] and w.shape[axis] != 1]
 
 
 def _whole(w: Quantized) -> list[int]:

@@ -138,4 +138,4 @@ def _convert(w: Sparse, **params: Any) -> Any:
 
 @register(primitives.sharding_constraint_p)
 def _sharding_constraint(w: Sparse, **params: Any) -> Any:
-    return dataclasses.replace(w, mask=constrain_like(w.mask, w.shape, params))
+    return dataclasses.replace(w, mask=constrain_like(w.mask, params))

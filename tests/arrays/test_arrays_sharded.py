@@ -157,6 +157,33 @@ def test_rows_that_are_asked_for_with_their_sharding(scheme, rng):
     np.testing.assert_allclose(out, np.asarray(w.materialise())[np.asarray(ids)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", [Affine(8), Affine(4), KMeans(4)])
+def test_a_weight_that_is_laid_on_other_axes_stays_compressed(scheme, rng):
+    on = mesh(AxisType.Explicit)
+    w = scheme.convert(jnp.asarray(rng.normal(size=(8, 16)), jnp.float32))
+    with jax.set_mesh(on):
+        fn = compressed(lambda w: jax.sharding.reshard(w, P("data", "model")), strict=True)
+        out = jax.jit(fn)(jax.device_put(w, P()))
+        assert type(out) is type(w)
+        np.testing.assert_array_equal(out.materialise(), w.materialise())
+
+
+def test_a_cache_is_written_to_under_explicit_axes(rng):
+    on, at = mesh(AxisType.Explicit), jnp.array([3, 0, 2, 1])
+    cache = Affine(8, axes=(-3, -2)).convert(jnp.zeros((4, 5, 6)))
+    rows = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+
+    def step(cache, rows, at, spec):
+        return cache.at[jnp.arange(4), at].set(rows, out_sharding=spec)
+
+    expected = compressed(step)(cache, rows, at, None)
+    with jax.set_mesh(on):
+        cache, rows, at = (jax.tree.map(lambda x: jax.device_put(x, P("data")), x) for x in (cache, rows, at))
+        out = jax.jit(compressed(lambda *args: step(*args, P("data")), strict=True))(cache, rows, at)
+    assert jax.tree.structure(out) == jax.tree.structure(cache) and jax.typeof(out.values).sharding.spec[0] == "data"
+    np.testing.assert_allclose(out.materialise(), expected.materialise(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("spec", [(None, None), (None, "model"), ("model", None)])
 def test_a_divided_mask_under_explicit_axes(spec, rng):
     """Products, rows that are looked up and derivatives, and the dense value: divided as those of the array are."""

@@ -158,3 +158,21 @@ def test_a_row_that_shares_a_step_or_a_byte_with_others_is_not_written_alone():
     cache = quantize.Affine(4, axes=(-4, -3, -2, -1)).convert(jnp.ones((3, 4, 2, 6)))
     out = compressed(lambda c: c.at[:, :, :, 1].set(0.5))(cache)
     assert isinstance(out, jax.Array) and float(out[0, 0, 0, 1]) == 0.5
+
+
+def test_a_cache_of_a_symbolic_batch_is_exported(rng):
+    scheme = quantize.Affine(8, axes=OWN)
+    (batch,) = jax.export.symbolic_shape("b")
+    cache = jax.eval_shape(lambda: scheme.convert(jnp.zeros((2, 4, 2, 6))))
+    cache = jax.tree.map(lambda part: jax.ShapeDtypeStruct((batch, *part.shape[1:]), part.dtype), cache)
+    of_rows = jax.ShapeDtypeStruct((batch, 2, 6), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def step(cache, rows, at):
+        cache = _rows_at(cache, rows, at)
+        return cache, jnp.einsum("bthd,bhd->bth", cache, rows)
+
+    fn = jax.jit(compressed(step))
+    exported = jax.export.deserialize(jax.export.export(fn)(cache, *of_rows).serialize())
+    args = scheme.convert(jnp.ones((3, 4, 2, 6))), jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32), jnp.arange(3)
+    for one, other in zip(jax.tree.leaves(exported.call(*args)), jax.tree.leaves(fn(*args)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
