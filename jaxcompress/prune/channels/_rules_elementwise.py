@@ -99,7 +99,7 @@ def _evaluated(call: Call, numbers: list[Any]) -> Any:
     """The primitive of scalars; each is computed once, for a model asks the same again and again."""
     key = (call.name, str(call.params), *((x.dtype, x.tobytes()) for x in numbers))
     if key not in _numbers:
-        with jax.ensure_compile_time_eval():
+        with jax.core.eval_context():
             found = call.primitive.bind(*numbers, **call.primitive.get_bind_params(call.params))
         _numbers[key] = np.asarray(found)
     return _numbers[key]
@@ -113,7 +113,7 @@ def _is_steep(call: Call, numbers: list[Any]) -> bool:
         return False
     key = (call.name, "slope", *inputs, *((x.dtype, x.tobytes()) for x in numbers))
     if key not in _numbers:
-        with jax.ensure_compile_time_eval():
+        with jax.core.eval_context():
             slopes = jax.grad(lambda *x: jnp.real(call.primitive.bind(*x, **call.params)), inputs)(*numbers)
         _numbers[key] = not all(bool(jnp.isfinite(x)) for x in slopes)
     return _numbers[key]

@@ -280,7 +280,7 @@ def concrete(value: Value, limit: int = 1 << 20) -> np.ndarray | None:
             return None
         if step.primitive.name == "pvary":  # means something only in a shard_map
             return inputs[0]
-        with jax.ensure_compile_time_eval():
+        with jax.core.eval_context():  # also where quax traces, which constants are not to meet
             outs = step.primitive.bind(*inputs, **step.primitive.get_bind_params(step.params))
         for out, x in zip(step.outputs, outs if step.primitive.multiple_results else [outs], strict=True):
             out.constant = x

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcompress import compressed, distill, pack, quantize
+from jaxcompress import compressed, dense, distill, pack, quantize
 from jaxcompress.prune import channels
 
 RNG = np.random.default_rng(4)
@@ -123,3 +123,23 @@ def test_until_a_measured_time():
     plan = channels.plan(groups, channels.norm(groups, wide), until=fast, round_to=64)
     assert plan.widths["a[1]"][1] < 2048
     assert seconds(jax.jit(channels.shrink(fn, wide, plan)), plan.apply(wide)) <= 1.5 * limit
+
+
+@pytest.mark.parametrize("how", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_a_cut_function_that_computes_constants_is_quantized(rng, how):
+    """`compressed` traces what the function makes of numbers, but the labels are to know them."""
+    params = {
+        "a": jnp.asarray(rng.normal(size=(6, 8)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32),
+    }
+    x = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+
+    def fn(params, x):
+        h = x @ params["a"]
+        return (h / (h.var(0) + 1) / jnp.sqrt(3.0)) @ params["b"]
+
+    groups = channels.groups(fn, params, x)
+    plan = channels.plan(groups, channels.norm(groups, params), ratio=0.5)
+    small, cut = plan.apply(params), channels.shrink(fn, params, plan)
+    codes = quantize.convert(small, {".": quantize.Affine(8)})
+    np.testing.assert_allclose(how(compressed(cut))(codes, x), cut(dense(codes), x), rtol=1e-5, atol=1e-5)
