@@ -149,7 +149,7 @@ def test_training_rounds_to_what_integers_compute(symmetric, rng):
 @pytest.mark.parametrize(
     "spec",
     [
-        pytest.param(Affine(8, symmetric=False, activation_bits=8), id="zero points", marks=pytest.mark.slow),
+        pytest.param(Affine(4, symmetric=False, activation_bits=8), id="zero points", marks=pytest.mark.slow),
         pytest.param(Affine(4, group=(0, 8), activation_bits=8), id="groups"),
         pytest.param(Affine(4, activation_bits=16), id="16-bit inputs", marks=pytest.mark.slow),
     ],

@@ -163,8 +163,9 @@ def scattered_otherwise(m, c, values):
 
 @op
 def scattered_channels(m, c, values):
-    to = np.array([1, 0])
-    return c, lambda p, x, vs: x.at[..., to].add(jnp.sin(x[..., :2]))
+    """At places known while tracing, or not until they are computed."""
+    to, w = np.array([1, 0]), None if m.rng.random() < 0.5 else m(2)
+    return c, lambda p, x, vs: x.at[..., to if w is None else to + _computed(p, w)].add(jnp.sin(x[..., :2]))
 
 
 @op
