@@ -100,8 +100,7 @@ def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, An
         return derived_from(floats, functools.partial(_dot_codes, dims=dims, params=params), x, w) * scale
 
     def before() -> Array:
-        scaled = functools.partial(_dot_scaled, dims=dims, params=params)
-        return by_columns(scaled, rounded_input(x, w, dims), w, dims)
+        return _dot_columns_scaled(rounded_input(x, w, dims), w, dims, params)
 
     exact = w.as_integers or x.dtype != jnp.float32  # few digits hold integers, but not integers times a scale
     if exact or is_tiled(x, w, dims) or suits(x, w, dims) or jax.device_count() > 1:
@@ -148,17 +147,16 @@ def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]
     Where it is no CPU XLA decodes a scaled weight inside the product, and rounds it as the input is.
     """
 
-    def scaled() -> Array:
+    def scaled(x: Array) -> Array:
         return _dot_columns_scaled(x, w, dims, params)
 
-    def grouped() -> Array:
+    def grouped(x: Array) -> Array:
         return by_columns(functools.partial(_dot_groups, dims=dims, params=params), x, w, dims)
 
-    def wide() -> Array:
-        return _dot_columns_scaled(x.astype(compute_dtype(x)), w, dims, params)
-
     few = w.levels is None and groups_at_once(x, w, dims)
-    return lax.platform_dependent(cpu=wide, cuda=grouped if few else scaled, default=scaled)
+    return lax.platform_dependent(
+        x, cpu=lambda x: scaled(x.astype(compute_dtype(x))), cuda=grouped if few else scaled, default=scaled
+    )
 
 
 def _dot_columns_scaled(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:

@@ -113,7 +113,10 @@ def test_equalisation_ends_where_both_sides_are_alike(rng):
 
 def test_silent_channels_and_refusals(rng):
     params = {"a": normal(rng, 3, 4).at[:, 1].set(0), "b": normal(rng, 4, 2).at[2].set(0)}
-    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
     x, pairs = normal(rng, 5, 3), [(["a"], ["b"])]
     for out in (quantize.equalize(fn, params, x, pairs), quantize.smooth(fn, params, [x], pairs)):
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(out))
