@@ -19,10 +19,8 @@ from jaxcompress.arrays._products import Dims, compute_dtype
 
 LANES, TERMS = 8, 8
 LEAST = 1 << 8  # fewer weights along the contracted axis are not worth a loop
-FEW, TWO = (
-    4,
-    2,
-)  # sums a column, all rows' and all parts'; with more, and more than two rows, products of tiles are faster
+FEW = 4  # sums a column, all rows' and all parts'; with more of them products of tiles are faster
+TWO = 2  # rows, but not of so many, whatever their parts
 LARGE = 1 << 22  # so many weights a row come from memory; out of a cache tiles come as fast, and multiply faster
 
 Decode = Callable[[Any, Any], list[Array]]
