@@ -9,7 +9,7 @@ is taken off again: 128 times the sum of the other's codes.
 import functools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +22,12 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Int8, Int32, UInt8
 
-from jaxcompress.arrays._bits import signed_parts
-
 DEEP = (1 << 31) // (255 * 128)  # contracted weights whose products int32 can add up
 TILE = 64  # rows of a weight that are made signed at a time
 MANY = 256  # rows of the input; for so many it does better as the left operand, and the weight is made signed whole
-UNPACKED = 1 << 20  # codes of a packed weight that are unpacked at a time, which the product then finds in a cache
+UNPACKED = 1 << 20  # codes of a packed weight that are unpacked at a time, so that the product finds them in a cache
+
+PartOf = Callable[[UInt8[Array, "*shape"], UInt8[Array, ""]], Int8[Array, "*shape"]]
 
 byte_dot_p = Primitive("byte_dot")
 
@@ -69,7 +69,7 @@ def integer_sums(
     flat = codes.reshape(-1, n)
     each = [slice(i * rows, (i + 1) * rows) for i in range(groups)]
     if bits < 8:
-        sums = _unpacked_sums(flat, values, along, bits)
+        sums = packed_sums(flat, values, along, bits, functools.partial(_signed_part, bits=bits))
         return [sums[group] for group in each]
     if values.dtype == jnp.uint8 and groups * rows >= MANY:
         values = moved(values)
@@ -99,26 +99,51 @@ def less_moves(sums: Int32[Array, "more k"], zero: Any = 0) -> Int32[Array, "row
     return sums[:-1] - (128 + zero) * sums[-1:]
 
 
-def _unpacked_sums(codes: Int8[Array, "rows n"], packed: Array, along: int, bits: int) -> Int32[Array, "rows k"]:
-    """Of a tile of outputs at a time: products of its bytes' first codes, of their second ones, ... in their places."""
+def packed_sums(
+    codes: Int8[Array, "rows n"], packed: UInt8[Array, "a b"], along: int, bits: int, part_of: PartOf
+) -> Int32[Array, "rows k"]:
+    """The products of rows of codes with a packed matrix of weights, on a CPU that `multiplies_bytes`.
+
+    A tile of outputs' bytes at a time, first with the codes that lie lowest in them, then with the next ones, ...
+
+    Args:
+      codes: of the input.
+      packed: along the last axis.
+      along: the axis of `packed` that is contracted.
+      bits: of a code.
+      part_of: `(bytes, bits) -> int8`, what stands in each byte from a bit on.
+    """
     a_byte, inputs = 8 // bits, with_ones(codes)
-    each = [inputs[:, i::a_byte] for i in range(a_byte)] if along else [inputs] * a_byte
-
-    def of(tile: Array) -> Array:
-        parts = zip(each, signed_parts(tile, bits), strict=True)
-        sums = [less_moves(byte_dot(u, part, along=along)) for u, part in parts]
-        # turned, for XLA writes what is stacked along the last axis one number at a time
-        return sum(sums[1:], start=sums[0]) if along else jnp.moveaxis(jnp.stack(sums), 0, -1).reshape(len(codes), -1)
-
-    outputs = packed.shape[1 - along]  # or bytes of them
-    width = max(TILE, UNPACKED // packed.shape[along] // TILE * TILE)
+    depth, outputs = packed.shape[along], packed.shape[1 - along]  # codes, or bytes of them
+    at_once = 2 * UNPACKED // a_byte if along else UNPACKED
+    width = min(outputs, max(TILE, at_once // depth // TILE * TILE))
     tiles = outputs // width
-    if tiles < 2:
-        return of(packed)
-    sums = lax.map(lambda i: of(lax.dynamic_slice_in_dim(packed, i * width, width, 1 - along)), jnp.arange(tiles))
-    sums = jnp.moveaxis(sums, 0, 1).reshape(len(codes), -1)
-    rest = lax.slice_in_dim(packed, tiles * width, outputs, axis=1 - along)
-    return jnp.concatenate([sums, of(rest)], axis=1) if rest.size else sums
+
+    def part(start: Any, width: int, i: Any) -> Int32[Array, "rows columns"]:
+        tile = lax.dynamic_slice_in_dim(packed, start, width, 1 - along)
+        numbers = part_of(tile, jnp.uint8(bits) * jnp.uint8(i))
+        return less_moves(byte_dot(inputs[:, i::a_byte] if along else inputs, numbers, along=along))
+
+    def of(start: Any, width: int) -> Int32[Array, "rows columns"]:
+        if along:
+            return sum((part(start, width, i) for i in range(1, a_byte)), start=part(start, width, 0))
+        parts = [part(start, width, i) for i in range(a_byte)]
+        # turned, for XLA writes what is stacked along the last axis one number at a time
+        return jnp.moveaxis(jnp.stack(parts), 0, -1).reshape(len(codes), -1)
+
+    if along:
+        sums = lax.map(lambda i: of(i * width, width), jnp.arange(tiles))
+    else:  # a part at a time, so that no two are there at once
+        sums = lax.map(lambda at: part(at // a_byte * width, width, at % a_byte), jnp.arange(tiles * a_byte))
+        sums = jnp.moveaxis(sums.reshape(tiles, a_byte, len(codes), width), 1, -1)
+    sums = jnp.moveaxis(sums.reshape(tiles, len(codes), -1), 0, 1).reshape(len(codes), -1)
+    rest = outputs - tiles * width
+    return jnp.concatenate([sums, of(tiles * width, rest)], axis=1) if rest else sums
+
+
+def _signed_part(packed: Array, first: Array, bits: int) -> Int8[Array, "*shape"]:
+    up = 8 - bits
+    return (packed << (jnp.uint8(up) - first)).astype(jnp.int8) >> up
 
 
 @functools.partial(jax.jit, static_argnames="along")

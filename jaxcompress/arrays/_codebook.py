@@ -78,11 +78,11 @@ class Codebook(Leaf):
         A TPU looks up slowly and writes down what it finds; selects among at most `FUSED` it fuses into a product. A
         CPU looks up one number at a time, and selects many, among as many as its registers hold.
         """
-        return chosen(_values(self.centroids, self.keep_zeros), self.codes())
+        return chosen(values_of(self.centroids, self.keep_zeros), self.codes())
 
     def found(self) -> Array:
         """The dense value by one lookup in all codebooks, end to end, which XLA for a GPU fuses into sums."""
-        codes, values = self.codes(), _values(self.centroids, self.keep_zeros)
+        codes, values = self.codes(), values_of(self.centroids, self.keep_zeros)
         own = [axis for axis, size in enumerate(values.shape[:-1]) if size > 1]
         at = jnp.zeros(codes.shape, jnp.int32)
         for axis in own:
@@ -137,7 +137,7 @@ class Codebook(Leaf):
 
 def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"], keep_zeros: bool) -> Any:
     """Each index's centroid, from its block's codebook."""
-    centroids = _values(centroids, keep_zeros)
+    centroids = values_of(centroids, keep_zeros)
     if all(size == 1 for size in centroids.shape[:-1]):
         return from_table(centroids.reshape(-1), indices)
 
@@ -151,6 +151,7 @@ def look_up(centroids: Float[Array, "*blocks k"], indices: UInt8[Array, "*shape"
     return own(centroids, indices)
 
 
-def _values(centroids: Array, keep_zeros: bool) -> Array:
+def values_of(centroids: Array, keep_zeros: bool) -> Array:
+    """What the indices stand for."""
     # not a centroid that happens to be zero: it would learn
     return centroids.at[..., 0].set(0) if keep_zeros else centroids

@@ -24,7 +24,10 @@ from jaxcompress.arrays._products import (
     is_float,
     register_product,
 )
+from jaxcompress.arrays._signs import by_signs, suits
 from jaxcompress.arrays._tiles import tiled, tiled_outputs
+
+SELECTED_TWICE = 4  # centroids; to choose among more of them twice takes longer than to write down what is chosen
 
 
 @register_product(Codebook)
@@ -52,11 +55,18 @@ def _dot(x: Array, w: Codebook, dims: Dims, params: dict[str, Any]) -> Any:
     def tiles(x: Array, w: Codebook, on_cpu: Any, decode: Any = None) -> Array:
         return tiled(on_cpu, x, w, dims, whole=lambda: whole(x, w, on_cpu), decode=decode)
 
+    def fast(x: Array, w: Codebook) -> Array:
+        # lanes choose for each row anew
+        by_lanes = w.centroids.shape[-1] <= SELECTED_TWICE or dims.rows(x) == 1
+        selected = functools.partial(tiles, on_cpu=by_selects, decode=_columns_chosen if by_lanes else None)
+        if not suits(x, w, dims) or kwargs["out_sharding"] is not None:
+            return selected(x, w)
+        return lax.platform_dependent(x, w, cpu=functools.partial(by_signs, dims=dims), default=selected)
+
     looked_up = functools.partial(tiles, on_cpu=product)
-    if w.centroids.shape[-1] > IN_REGISTERS:
-        out = looked_up(x, w)
-    else:  # but a gradient adds up what belongs to a centroid, and is slow as the transpose of selects
-        out = derived_from(looked_up, functools.partial(tiles, on_cpu=by_selects, decode=_columns_chosen), x, w)
+    # a gradient adds up what belongs to a centroid, and is slow as the transpose of selects
+    few = w.centroids.shape[-1] <= IN_REGISTERS
+    out = derived_from(looked_up, fast, x, w) if few else looked_up(x, w)
     return out.astype(params["preferred_element_type"] or x.dtype)
 
 

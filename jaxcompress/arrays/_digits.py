@@ -7,7 +7,7 @@ CPU adds up faster than floats, and without decoding the weight.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from jaxcompress.arrays import _digit_groups as in_groups
 from jaxcompress.arrays._byte_products import DEEP, integer_sums, multiplies_bytes
+from jaxcompress.arrays._leaf import Leaf
 from jaxcompress.arrays._products import Dims, derived_from, is_float
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._tiles import WORTH
@@ -48,8 +49,8 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
 
 def integer_codes(codes: Int8[Array, "*input"], w: Quantized, dims: Dims) -> Int32[Array, "*output"]:
     """The exact product of an input's codes with the weight's, of a weight that `is_laid_for_integers`."""
-    (sums,) = _sums(_as_rows(codes, dims)[None], w, dims)
-    return _as_output(sums, codes, w, dims)
+    (sums,) = _sums(as_rows(codes, dims)[None], w, dims)
+    return as_output(sums, codes, w, dims)
 
 
 def suits(x: Array, w: Quantized, dims: Dims) -> bool:
@@ -57,10 +58,10 @@ def suits(x: Array, w: Quantized, dims: Dims) -> bool:
     rows = dims.rows(x)
     most = FEW if w.size >= WORTH else FEWER if w.size >= LITTLE and _along(w, dims) == 1 else 0
     known = isinstance(rows, int) and 0 < rows <= most  # under jax.export it may be a symbol
-    return known and _narrow(x) and is_laid_for_integers(x, w, dims)
+    return known and is_narrow(x) and is_laid_for_integers(x, w, dims)
 
 
-def _narrow(x: Array) -> bool:
+def is_narrow(x: Array) -> bool:
     return is_float(x) and x.dtype.itemsize <= 4
 
 
@@ -71,7 +72,7 @@ def by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quant
 
 def groups_by_digits(otherwise: Callable[[Array, Quantized], Array], x: Array, w: Quantized, dims: Dims) -> Array:
     """`otherwise(x, w)`, the product with a weight that has a scale a group, likewise where that can be, and pays."""
-    if not (_narrow(x) and in_groups.suits(x, w, dims, in_groups.OF_DIGITS) and 1 < dims.rows(x) <= FEW):
+    if not (is_narrow(x) and in_groups.suits(x, w, dims, in_groups.OF_DIGITS) and 1 < dims.rows(x) <= FEW):
         return otherwise(x, w)
     return _on_cpu(functools.partial(_grouped_product, dims=dims), otherwise, x, w)
 
@@ -85,7 +86,7 @@ def groups_by_codes(
 
     def fast() -> Array:
         at_zero = 0 if zero is None else zero.reshape(()).astype(jnp.int32)  # unstacked weights bring a single one
-        return _as_output(in_groups.group_sums(_as_rows(codes, dims)[None], w, at_zero), codes, w, dims)
+        return as_output(in_groups.group_sums(as_rows(codes, dims)[None], w, at_zero), codes, w, dims)
 
     return lax.platform_dependent(cpu=fast, default=otherwise)
 
@@ -95,19 +96,16 @@ def _on_cpu(fast: Callable[..., Array], otherwise: Callable[..., Array], x: Arra
 
 
 def _product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
-    codes, largest = _digits(_as_rows(x, dims))
-    total: Any = 0.0
-    for sums in _sums(codes, w, dims):
-        total = total * 256 + sums.astype(jnp.float32)
-    return _as_output(total / WHOLE * largest, x, w, dims)
+    codes, largest = in_digits(as_rows(x, dims))
+    return as_output(of_digits(_sums(codes, w, dims), largest), x, w, dims)
 
 
 def _grouped_product(x: Array, w: Quantized, dims: Dims) -> Float[Array, "*output"]:
-    codes, largest = _digits(_as_rows(x, dims))
-    return _as_output(in_groups.group_sums(codes, w) / WHOLE * largest, x, w, dims)
+    codes, largest = in_digits(as_rows(x, dims))
+    return as_output(in_groups.group_sums(codes, w) / WHOLE * largest, x, w, dims)
 
 
-def _digits(rows: Array) -> tuple[Int8[Array, "3 rows n"], Float[Array, "rows 1"]]:
+def in_digits(rows: Array) -> tuple[Int8[Array, "3 rows n"], Float[Array, "rows 1"]]:
     """The digits' codes, of which the last ones count in `1 / WHOLE` of the row's largest value; and those."""
     rows = rows.astype(jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-36)
@@ -116,6 +114,14 @@ def _digits(rows: Array) -> tuple[Int8[Array, "3 rows n"], Float[Array, "rows 1"
     shifts = jnp.asarray([16, 8, 0])[:, None, None]
     codes = lax.optimization_barrier(((number >> shifts & 255) - 128).astype(jnp.int8))  # or XLA makes them twice
     return codes, largest
+
+
+def of_digits(sums: Iterable[Array], largest: Float[Array, "rows 1"]) -> Float[Array, "rows columns"]:
+    """What the sums of each digit's products stand for."""
+    total: Any = 0.0
+    for of_digit in sums:
+        total = total * 256 + of_digit.astype(jnp.float32)
+    return total / WHOLE * largest
 
 
 def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list[Int32[Array, "rows columns"]]:
@@ -132,18 +138,25 @@ def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list
 
 def _along(w: Quantized, dims: Dims) -> int | None:
     """Which axis of the stored values, seen as a matrix, is contracted; `None`: they are none."""
+    along = matrix_axis(dims, w.ndim)
+    return None if along is None else along ^ int(w.turned)
+
+
+def matrix_axis(dims: Dims, ndim: int) -> int | None:
+    """Which axis of a weight, seen as a matrix, is contracted; `None`: neither its first axes are, nor its last."""
     contract, n = sorted(dims.w_contract), len(dims.w_contract)
-    first, last = contract == list(range(n)), contract == list(range(w.ndim - n, w.ndim))
-    return int(last) ^ int(w.turned) if first or last else None
+    first, last = contract == list(range(n)), contract == list(range(ndim - n, ndim))
+    return int(last) if first or last else None
 
 
-def _as_rows(x: Array, dims: Dims) -> Array:
+def as_rows(x: Array, dims: Dims) -> Array:
     """`[rows, n]`, the contracted axes in the weight's order."""
     order = [axis for _, axis in sorted(zip(dims.w_contract, dims.x_contract, strict=True))]
     moved = jnp.transpose(x, (*dims.x_free(x.ndim), *order))
     return moved.reshape(-1, math.prod(x.shape[axis] for axis in order))
 
 
-def _as_output(product: Array, x: Array, w: Quantized, dims: Dims) -> Array:
+def as_output(product: Array, x: Array, w: Leaf, dims: Dims) -> Array:
+    """`[rows, columns]` with the axes of the product of `x` and `w`."""
     outer = [x.shape[axis] for axis in dims.x_free(x.ndim)]
     return product.reshape(*outer, *(w.shape[axis] for axis in dims.w_free(w.ndim)))

@@ -113,7 +113,7 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
     def floats(x: Array, w: Quantized) -> Array:
         def decoded(x: Array, w: Quantized) -> Array:
             on_cpu = functools.partial(_dot_columns_scaled, dims=dims, params=params)
-            wide, decode = x.astype(compute_dtype(x)), _decode(w, _scaled)
+            wide, decode = x.astype(compute_dtype(x)), _decode(w, _scaled, dims.rows(x))
             return tiled(on_cpu, wide, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
 
         return groups_by_digits(decoded, rounded_input(x, w, dims), w, dims)
@@ -166,14 +166,15 @@ def _dot_columns_scaled(x: Array, w: Quantized, dims: Dims, params: dict[str, An
 def _dot_scaled_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """Where no scale can be taken out (groups along the outputs, as of a table read backwards): scaled, by tiles."""
     x, scaled = rounded_input(x, w, dims), functools.partial(_dot_columns_scaled, dims=dims, params=params)
-    return tiled(scaled, x.astype(compute_dtype(x)), w, dims, whole=lambda: scaled(x, w), decode=_decode(w, _scaled))
+    decode = _decode(w, _scaled, dims.rows(x))
+    return tiled(scaled, x.astype(compute_dtype(x)), w, dims, whole=lambda: scaled(x, w), decode=decode)
 
 
 def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_input: Array | None = None) -> Array:
     """The unscaled product of floats, decoded tile by tile where that is faster; inputs may be scaled first."""
     x = rounded_input(x, w, dims)
     x = x if per_input is None else x * per_input
-    decode = _decode(w, _centred)
+    decode = _decode(w, _centred, dims.rows(x))
     product = functools.partial(_dot_floats, dims=dims, params=params)
 
     def floats(x: Array, w: Quantized) -> Array:
@@ -241,9 +242,9 @@ def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
     return along_output(sums, dims.w_contract, dims.w_batch, before=len(dims.x_free(x_ndim)), after=0)
 
 
-def _decode(w: Quantized, decoded: Any) -> Any:
-    """`decoded`, for a product by lanes, where values are codes."""
-    return decoded if w.of_codes else None
+def _decode(w: Quantized, decoded: Any, rows: int) -> Any:
+    """`decoded`, for a product by lanes, where values are codes; lanes choose from a table for each row anew."""
+    return decoded if w.of_codes and (w.levels is None or rows == 1) else None
 
 
 def _centred(w: Quantized, dtype: Any) -> list[Array]:

@@ -22,8 +22,9 @@ W = TypeVar("W", bound="Tileable")
 
 TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
 WIDTH = 1 << 10  # of them along the output
+LARGER, TILES = 4, 32  # times as large where there are many rows, or still so many tiles: 3 % of the float weight
 FEW, WIDE = 4, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
-MANY, LARGER = 32, 4  # from so many rows on products take the time, and do better with larger tiles
+MANY = 32  # from so many rows on products take the time
 WORTH, SMALL = 1 << 18, 1 << 17  # smaller weights are decoded whole; for fewer than MANY rows those below SMALL
 
 
@@ -95,10 +96,11 @@ def is_tiled(x: Array, w: Tileable, dims: Dims) -> bool:
 def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
     count = dims.rows(x)
     count = count if isinstance(count, int) else FEW
-    larger, least = (LARGER, WORTH) if count >= MANY else (1, SMALL)
-    if math.prod(w.shape) < least:
+    size, apart = math.prod(w.shape), w.unit(len(w.shape) - 1)
+    if size < (WORTH if count >= MANY else SMALL):
         return None
-    apart = w.unit(len(w.shape) - 1)  # the codes of a byte are multiplied apart, and each part shall be a tile
+    # the codes of a byte are multiplied apart, and each part shall be a tile
+    larger = LARGER if count >= MANY else max(1, min(LARGER, size // (TILES * apart * TILE)))
     return _plan(w, dims, depth, apart * larger * TILE, apart * (WIDE if count < FEW else math.isqrt(larger) * WIDTH))
 
 
