@@ -41,10 +41,10 @@ def on_gpu(product: Callable[[Array, Quantized], Array], x: Array, w: Quantized,
     if w.zero_point is None or w.activation_bits is not None or not groups_at_once(x, w, dims):
         return product(x, w)
     # by itself: the codes less a zero point would be written out
-    return product(x, dataclasses.replace(w, zero_point=None)) - _zero_points(x, w, dims)
+    return product(x, dataclasses.replace(w, zero_point=None)) - zero_points(x, w, dims)
 
 
-def _zero_points(x: Array, w: Quantized, dims: Dims) -> Array:
+def zero_points(x: Array, w: Quantized, dims: Dims) -> Array:
     """The product with the weight's zero points alone, as if each weight were one: of the inputs' sums."""
     assert w.zero_point is not None
     sums, numbers = x.astype(compute_dtype(x)), w.zero_point.astype(jnp.float32) * w.steps

@@ -47,9 +47,9 @@ from jaxcompress.arrays._products import (
     split_axis,
 )
 from jaxcompress.arrays._quantized import Quantized
-from jaxcompress.arrays._quantized_gpu import groups_at_once, is_plain, on_gpu
+from jaxcompress.arrays._quantized_gpu import groups_at_once, is_plain, on_gpu, zero_points
 from jaxcompress.arrays._quantized_inputs import input_codes, rounded_input
-from jaxcompress.arrays._tiles import is_tiled, part_by_part, tiled
+from jaxcompress.arrays._tiles import WORTH, is_tiled, part_by_part, tiled
 
 
 def _left_to_dense(x: Array, w: Quantized, dims: Dims) -> Any:
@@ -116,7 +116,16 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
             wide, decode = x.astype(compute_dtype(x)), _decode(w, _scaled, dims.rows(x))
             return tiled(on_cpu, wide, w, dims, whole=lambda: _dot_groups_whole(x, w, dims, params), decode=decode)
 
-        return groups_by_digits(decoded, rounded_input(x, w, dims), w, dims)
+        x = rounded_input(x, w, dims)
+        product = functools.partial(groups_by_digits, decoded, x, dims=dims)
+        apart = w.zero_point is not None and (w.bits == 8 or dims.rows(x) == 1)
+        if not apart or w.size < WORTH or jax.device_count() > 1:
+            return product(w=w)
+        # one row of lanes has less to decode so, and codes of 8 bits without them are such as digits can meet
+        without = dataclasses.replace(w, zero_point=None)
+        return lax.platform_dependent(
+            cpu=lambda: product(w=without) - zero_points(x, w, dims), default=lambda: product(w=w)
+        )
 
     def integers(x: Array, w: Quantized) -> Array:
         codes, step, zero = input_codes(x, w, dims)  # of whole rows, whatever the groups and tiles
