@@ -154,12 +154,13 @@ class Plan:
             data = json.loads(text)
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']!r}")
-            keep = {n: {int(a): np.array(k, np.int64) for a, k in axes.items()} for n, axes in data["keep"].items()}
+            keep = {n: {int(a): np.array(k) for a, k in axes.items()} for n, axes in data["keep"].items()}
             shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
             widths = {name: (int(a), int(b)) for name, (a, b) in data["widths"].items()}
             for name, axes in keep.items():
                 for axis, kept in axes.items():
-                    if not len(kept) or (np.diff(kept) <= 0).any() or kept[0] < 0 or kept[-1] >= shapes[name][axis]:
+                    numbers = kept.dtype == np.int64 and axis >= 0  # no fraction is rounded to an index
+                    if not numbers or (np.diff(kept) <= 0).any() or kept[0] < 0 or kept[-1] >= shapes[name][axis]:
                         raise ValueError(f"indices of {name}[{axis}] don't fit its shape {shapes[name]}")
             return cls(keep, shapes, widths, tuple(data["free_out"]))
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError, ValueError) as error:

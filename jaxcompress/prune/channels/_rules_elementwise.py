@@ -19,8 +19,8 @@ from jaxcompress.prune.channels._labels import Label
 from jaxcompress.prune.channels._tape import Call, Step, Tracer, Value, concrete, rule
 
 _PASSES = (
-    "copy copy_p device_put layout_constraint mesh_cast name pvary reduced_pvary reshard sharding_constraint "
-    "stop_gradient"
+    "copy copy_p device_put layout_constraint mesh_cast name optimization_barrier pvary reduced_pvary reshard "
+    "sharding_constraint stop_gradient"
 )
 _ZERO_TO_ZERO = (
     "abs asin asinh atan atanh cbrt ceil conj erf erf_inv expm1 floor imag log1p neg population_count real round sign "
@@ -122,14 +122,9 @@ def _is_steep(call: Call, numbers: list[Any]) -> bool:
 @_by_index("convert_element_type", "reduce_precision")
 @rule(*_PASSES.split())
 def _pass(tracer: Tracer, call: Call) -> list[Value]:
-    (x,) = call.inputs
-    return [tracer.value(call.avals[0], x.labels, x.zero, source=x.source, summed=x.summed, held=x.held)]
-
-
-@rule("optimization_barrier")
-def _each(tracer: Tracer, call: Call) -> list[Value]:
+    """Operand by operand: `jax.device_put` of a tree is one call."""
     pairs = zip(call.avals, call.inputs, strict=True)
-    return [tracer.value(aval, x.labels, x.zero, source=x.source, summed=x.summed) for aval, x in pairs]
+    return [tracer.value(aval, x.labels, x.zero, source=x.source, summed=x.summed, held=x.held) for aval, x in pairs]
 
 
 @_by_index(*_ZERO_TO_ZERO.split())

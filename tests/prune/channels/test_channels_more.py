@@ -230,6 +230,7 @@ def test_a_lookup_that_is_nan_outside_leaves_a_sum_exact():
         lambda h: (h / jnp.where(h > 0, 1.0, h)).sum(-1),
         lambda h: (h.sum(0) / (h != 0).sum(0)).sum(),
         lambda h: (jnp.abs(h) * jnp.log(jnp.abs(h))) @ jnp.ones((8, 2)),
+        lambda h: jnp.log(lax.optimization_barrier(1 - jnp.cos(h))) @ jnp.ones((8, 2)),
         lambda h: lax.scan(lambda h, _: (h / jnp.abs(h) ** 1.5, None), h, None, length=2)[0].sum(-1),
         lambda h: jax.checkpoint(lambda h: h / jnp.abs(h) ** 1.5)(h).sum(-1),
     ],
@@ -278,6 +279,21 @@ def test_what_has_no_finite_derivative_at_zero_is_exact_with_a_note(place):
         dataclasses.replace(plan, shapes={n: w.shape for n, w in upper.items()}),
         x,
     ).ok
+
+
+def test_a_tree_that_is_put_on_a_device_at_once_passes_leaf_by_leaf():
+    """One call of a primitive with several operands, as JAX's own `cg` has it."""
+    m = Maker()
+    params, x = {"a": m(5, 8), "b": m(8, 6), "c": m(14, 3)}, batches(1)[0]
+
+    def fn(p, x):
+        put = jax.device_put({"narrow": jnp.tanh(x @ p["a"] @ p["b"]), "wide": x @ p["a"], "all": jnp.zeros(8)})
+        return jnp.concatenate([put["narrow"], put["wide"] + put["all"]], 1) @ p["c"]
+
+    groups = channels.groups(fn, params, x)
+    assert {g.name: (g.size, g.exact) for g in groups} == {"a[1]": (8, True), "b[1]": (6, True)}
+    plan = channels.from_units(groups, {"a[1]": [1, 2], "b[1]": [0, 5]})
+    assert channels.verify(fn, params, plan, x).ok
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,9 @@ def test_plan_as_text_gives_the_same_plan():
     again = channels.Plan.from_json(plan.to_json())
     jax.tree.map(np.testing.assert_array_equal, plan.apply(params), again.apply(params))
     assert (again.widths, again.shapes, again.free_out) == (plan.widths, plan.shapes, plan.free_out)
-    for text in ("{}", "[1]", "no", plan.to_json().replace("[0, 2", "[9, 2")):
+    text = plan.to_json()
+    changed = [text.replace("[0, 2", "[9, 2"), text.replace("[0, 2", "[0.5, 2"), text.replace('"1": [', '"-1": [')]
+    for text in ("{}", "[1]", "no", *changed):
         with pytest.raises(ValueError, match="not a plan"):
             channels.Plan.from_json(text)
 
