@@ -261,7 +261,7 @@ def _centred(w: Quantized, dtype: Any) -> list[Array]:
 
 
 def _scaled(w: Quantized, dtype: Any) -> list[Array]:
-    return [column.centred(dtype) * column.steps.astype(dtype) for column in w.columns()]
+    return [column.centred(dtype) * column.spread(column.steps).astype(dtype) for column in w.columns()]
 
 
 def _dot_floats(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], codes: Any = None) -> Array:

@@ -220,3 +220,15 @@ def test_kernels_with_groups_are_decoded_by_tiles(monkeypatch) -> None:
     compiled = jax.jit(compressed(convolve)).lower(kernel, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4 * kernel.size
     np.testing.assert_allclose(compiled(kernel, x), convolve(kernel.materialise(), x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [(0, 4), (0, 2), (1, 16)], ids=str)
+def test_small_groups_and_groups_of_outputs(small_tiles, monkeypatch, group: tuple[int, int], bits: int) -> None:
+    """Several groups lie in a part of the rows, or along the outputs of each row."""
+    spec = Affine(bits, axes=(1 - group[0],), group=group)
+    x, w = normal(1, 256), quantize(normal(256, 64, seed=1), spec)
+    wanted = np.asarray(x, np.float64) @ np.asarray(w.materialise(), np.float64)
+    np.testing.assert_allclose(jax.jit(compressed(jnp.dot))(x, w), wanted, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(_lanes, "LARGE", 1)
+    np.testing.assert_allclose(jax.jit(compressed(jnp.dot))(x, w), wanted, rtol=1e-4, atol=1e-4)
