@@ -9,6 +9,7 @@ what it stores.
 from jaxcompress.arrays import (  # noqa: F401 (they register rules)
     _codebook_rules,
     _control,
+    _loops,
     _low_rank_rules,
     _quantized_conv,
     _quantized_rules,

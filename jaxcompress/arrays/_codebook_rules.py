@@ -21,6 +21,7 @@ from jaxcompress.arrays._products import (
     compute_dtype,
     constrain_like,
     derived_from,
+    filled,
     is_float,
     register_product,
 )
@@ -93,11 +94,12 @@ def _conv(x: ArrayLike, w: Codebook, **params: Any) -> Array:
 
 @register(lax.gather_p)
 def _gather(w: Codebook, indices: ArrayLike, **params: Any) -> Any:
-    """A lookup (`Embed`) takes the indices of the rows it wants; an index out of range reads centroid 0, not NaN."""
+    """A lookup (`Embed`) takes the indices of the rows it wants."""
     if any(size > 1 for size in w.centroids.shape[:-1]):
         return NotImplemented
     rows = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0})
-    return look_up(w.centroids.reshape([1] * rows.ndim + [-1]), rows, w.keep_zeros)
+    found = look_up(w.centroids.reshape([1] * rows.ndim + [-1]), rows, w.keep_zeros)
+    return filled(found, w.shape, indices, params)
 
 
 def _transposed(w: Codebook, permutation: tuple[int, ...]) -> Codebook:

@@ -1,8 +1,8 @@
-"""What quax 0.4 lacks for models that use `scan`, `jax.checkpoint`, `jax.custom_vjp` and `jax.custom_jvp` inside.
+"""What quax 0.4 lacks for models that use `jax.checkpoint`, `jax.custom_vjp` and `jax.custom_jvp` inside.
 
-quax interprets a function by a private trace. Five of its answers are completed here, where compressed leaves meet:
+quax interprets a function by a private trace. Four of its answers are completed here, where compressed leaves meet
+(`_loops.py` has those of control flow):
 
-* `scan`: slices a leaf's children unlooked at, and some may be shared by all its steps;
 * `remat`: without a rule the weights would be made dense before the body is seen;
 * `custom_vjp`: quax's trace has no answer and raises;
 * `custom_jvp`: quax takes leaves apart, and integer children then have no tangents that it could put together again;
@@ -20,28 +20,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
-from jax import lax
 from jax._src import core
 from jax._src.pjit import reshard_p
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, primitives
 from jaxtyping import ArrayLike
-from quax._compat import unpack_scan_args
-from quax._primitives import scan_quax
 from quax._trace import _QuaxTrace
 
 from jaxcompress.arrays._leaf import Leaf, is_leaf, register
 from jaxcompress.arrays._products import fitting
 
 _quax_custom_jvp = _QuaxTrace.process_custom_jvp_call
-
-
-@quax.register(lax.scan_p)
-def _scan(*args: quax.ArrayValue | ArrayLike, **params: Any) -> Any:
-    """As quax has it, on leaves all of whose children have an entry a step."""
-    consts, carry, xs = unpack_scan_args(args, params)
-    sliced = [x.unshared(params["length"]) if is_leaf(x) else x for x in xs]
-    return scan_quax(*consts, *carry, *sliced, **params)
 
 
 @register(reshard_p)

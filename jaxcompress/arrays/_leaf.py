@@ -124,7 +124,14 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
     @staticmethod
     def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """Where no rule applies: the dense value, or an error if the leaf is strict."""
+        done = [x.done(primitive) if is_leaf(x) else x for x in values]
+        if any(x is not y for x, y in zip(done, values, strict=True)):  # there may be a rule for that
+            return quax.quaxify(functools.partial(primitive.bind, **params))(*done)
         return _meet_dense(primitive, values, params)
+
+    def done(self, primitive: Primitive) -> Any:
+        """What `primitive`, which has no rule for the leaf, meets: what a leaf that puts something off stands for."""
+        return self
 
     def unshared(self, length: int) -> Any:
         """What stands for the leaf where `scan` slices it in `length` steps: each gets a copy of what they share.
@@ -226,6 +233,16 @@ def watch() -> Iterator[Counter[Hit]]:
         yield hits
     finally:
         _watching.reset(token)
+
+
+@contextlib.contextmanager
+def overheard() -> Iterator[Counter[Hit]]:
+    """As `watch`, while who watches outside of it goes on to count."""
+    with watch() as hits:
+        yield hits
+    outer = _watching.get()
+    if outer is not None:
+        outer.update(hits)
 
 
 def is_leaf(x: Any) -> bool:

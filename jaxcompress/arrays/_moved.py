@@ -6,7 +6,7 @@ weight as it is stored, its dimension numbers read through the exchange. Whateve
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -48,20 +48,16 @@ class Moved(Leaf):
     def materialise(self) -> Array:
         return jnp.transpose(self.weight.materialise(), self.permutation)
 
-    def done(self) -> Any:
-        """The weight laid out anew, or its dense value."""
+    def done(self, primitive: Primitive) -> Any:
+        """The weight laid out anew, for which there may be a rule, or its dense value."""
         at_once = _at_once.get(type(self.weight))
-        return self.materialise() if at_once is None else at_once(self.weight, self.permutation)
+        if at_once is not None:
+            return at_once(self.weight, self.permutation)
+        made_dense(primitive, [self.weight])
+        return self.materialise()
 
     def unshared(self, length: int) -> Any:
-        return self.done().unshared(length) if type(self.weight) in _at_once else self.unstacked()
-
-    @staticmethod
-    def default(primitive: Primitive, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """What has no rule here may have one for the weight, laid out anew."""
-        made_dense(primitive, [x.weight for x in values if isinstance(x, Moved) and type(x.weight) not in _at_once])
-        done = [x.done() if isinstance(x, Moved) else x for x in values]
-        return compressed(functools.partial(primitive.bind, **params))(*done)
+        return self.done(lax.scan_p).unshared(length) if type(self.weight) in _at_once else self.unstacked()
 
 
 def put_off_transposes(leaf: type[Leaf], at_once: AtOnce | None = None) -> None:

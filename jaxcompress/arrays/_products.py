@@ -202,6 +202,18 @@ def block_map(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     return blocks
 
 
+def filled(found: Array, shape: Sequence[int], indices: ArrayLike, params: dict[str, Any]) -> Array:
+    """What a gather with `params` found in an array of this `shape`, and out of range what it is to give there."""
+    if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return found
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
+    there = jnp.ones([size if axis in looked_up else 1 for axis, size in enumerate(shape)], bool)
+    one = tuple(size if axis in looked_up else 1 for axis, size in enumerate(sizes))
+    inside = lax.gather_p.bind(there, indices, **params | {"slice_sizes": one, "fill_value": False})
+    return jnp.where(inside, found, jnp.nan if params["fill_value"] is None else params["fill_value"])
+
+
 def constrain_like(child: Array, params: dict[str, Any]) -> Array:
     """`sharding_constraint` of a leaf, on a child of its rank: axes that don't divide stay whole."""
     sharding = params["sharding"]

@@ -14,16 +14,20 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays._inputs import reshaped_input
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
-from jaxcompress.arrays._products import block_map, constrain_like, is_float
+from jaxcompress.arrays._products import block_map, constrain_like, filled
 from jaxcompress.arrays._quantized import Quantized
+from jaxcompress.arrays._quantized_updates import reordered
 
 
 @register(lax.gather_p)
-def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
+def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Any:
     """A lookup (`Embed`) takes the integers and the scales of the rows it wants, and leaves the table alone.
 
-    An index out of range reads the code 0 where the dense table would give NaN.
+    A cache in another order stays one.
     """
+    cache = reordered(w, indices, params)
+    if cache is not None:
+        return cache
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
     rest = [axis for axis in range(w.ndim) if axis not in looked_up]
@@ -37,8 +41,7 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
         spread = w.spread(per_block)
         block_sizes = tuple(sizes[axis] if axis in looked_up else spread.shape[axis] for axis in range(w.ndim))
         if own:
-            fill = params["fill_value"] if is_float(spread) else 0  # the dense table's may be NaN
-            return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes, "fill_value": fill})
+            return lax.gather_p.bind(spread, indices, **params | {"slice_sizes": block_sizes, "fill_value": 0})
         kept = [
             axis
             for axis in range(w.ndim)
@@ -54,7 +57,7 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Array:
     found = w.numbers(codes, jnp.float32)
     if w.zero_point is not None:
         found -= look_up(w.zero_point).astype(jnp.float32)
-    return (found * look_up(w.steps)).astype(w.dtype)
+    return filled((found * look_up(w.steps)).astype(w.dtype), w.shape, indices, params)
 
 
 def _transposed(w: Quantized, permutation: tuple[int, ...]) -> Quantized:

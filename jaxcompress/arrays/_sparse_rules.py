@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
-from jaxcompress.arrays._products import Dims, block_map, constrain_like, is_float, register_product
+from jaxcompress.arrays._products import Dims, block_map, constrain_like, filled, is_float, register_product
 from jaxcompress.arrays._sparse import Sparse, is_divided, scan_tiles
 
 TILE = 1 << 18
@@ -89,7 +89,7 @@ def _conv(x: ArrayLike, w: Sparse, **params: Any) -> Any:
 
 @register(lax.gather_p)
 def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
-    """A lookup of whole rows decodes those rows only. An index out of range reads zeros."""
+    """A lookup of whole rows decodes those rows only."""
     numbers, sizes, last = params["dimension_numbers"], params["slice_sizes"], w.ndim - 1
     looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
     whole_rows = last not in looked_up and sizes[last] == w.length
@@ -103,7 +103,7 @@ def _gather(w: Sparse, indices: ArrayLike, **params: Any) -> Any:
     )
     axis = numbers.offset_dims[-1]
     rows, _ = w.decode(unpack_bits(jnp.moveaxis(bits, axis, -1), w.length), jnp.moveaxis(starts, axis, -1)[..., 0])
-    return jnp.moveaxis(rows, -1, axis)
+    return filled(jnp.moveaxis(rows, -1, axis), w.shape, indices, params)
 
 
 put_off_transposes(Sparse)

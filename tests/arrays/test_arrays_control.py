@@ -11,7 +11,7 @@ from jax import lax
 from leaves import low_rank, quantized, sparse
 
 from jaxcompress import features, quantize
-from jaxcompress.arrays import MadeDenseError, compressed, dense, watch
+from jaxcompress.arrays import MadeDenseError, Quantized, compressed, dense, watch
 
 
 @jax.custom_vjp
@@ -180,3 +180,64 @@ def test_a_custom_derivative_of_the_weight_itself(rng):
         w.scale
     )
     np.testing.assert_allclose(got, jax.grad(lambda s: loss(dense, s))(w.scale), rtol=1e-4, atol=1e-4)
+
+
+def _step(carry, _):
+    w, x = carry
+    return (w, jnp.tanh(x @ w)), None
+
+
+def _more(carry):
+    return carry[0] < 2
+
+
+def _next(carry):
+    return carry[0] + 1, *_step(carry[1:], None)[0]
+
+
+def test_a_body_is_traced_anew_for_leaves_with_other_scales(rng):
+    """quax keeps traced bodies by a leaf's structure, which is the same whatever axes have scales."""
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(8, 8)) * np.geomspace(0.1, 3, 8), jnp.bfloat16)
+    scan = compressed(lambda w, x: lax.scan(_step, (w, x), None, length=2)[0][1])
+    loop = compressed(lambda w, x: lax.while_loop(_more, _next, (0, w, x))[2])
+    for axes in ((-1,), (0,), ()):
+        w = quantize.Affine(8, axes=axes).convert(weight)
+        wanted = jnp.tanh(jnp.tanh(x @ dense(w)) @ dense(w)).astype(jnp.float32)
+        for run in (scan, loop):
+            np.testing.assert_allclose(run(w, x).astype(jnp.float32), wanted, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda f, w: lax.scan(lambda c, _: (f(c), None), w, None, length=3)[0],
+        lambda f, w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, w))[1],
+    ],
+    ids=["scan", "while"],
+)
+def test_a_loop_keeps_its_leaf_or_says_what_became_of_it(loop):
+    w = quantized((8, 8))
+    with pytest.raises(TypeError, match=r"Quantized of shape \(8, 8\) is carried .* in its place: mul had no rule"):
+        compressed(lambda w: loop(lambda c: 0.9 * c, w))(w)
+    with pytest.raises(TypeError, match=r"another: .*\(1, 8\)\) became .*\(8, 1\)"):
+        compressed(lambda w: loop(lambda c: c.T, w))(w)
+    turned = compressed(lambda w: loop(lambda c: c.T, w))(quantized((8, 8), axes=()))
+    assert isinstance(turned, Quantized)
+    np.testing.assert_array_equal(dense(turned), dense(quantized((8, 8), axes=())).T)
+
+
+def test_branches_agree_on_a_leaf_or_on_its_dense_value():
+    w, other, yes = quantized((8, 8)), quantized((8, 8), bits=4, seed=1), jnp.bool(True)
+    for first, second in [
+        (lambda w, o: w, lambda w, o: 0.9 * w),
+        (lambda w, o: w, lambda w, o: o),
+        (lambda w, o: w.T, lambda w, o: w),
+    ]:
+        fn = compressed(lambda yes, w, o, f=first, s=second: lax.cond(yes, f, s, w, o))
+        for flag, branch in ((yes, first), (~yes, second)):
+            np.testing.assert_allclose(fn(flag, w, other), branch(dense(w), dense(other)), rtol=1e-6)
+    kept = compressed(lambda yes, w, o: lax.cond(yes, lambda w, o: w, lambda w, o: w, w, o))(yes, w, other)
+    assert isinstance(kept, Quantized)
+    with pytest.raises(MadeDenseError, match="another step or branch"):
+        compressed(lambda yes, w, o: lax.cond(yes, lambda w, o: w, lambda w, o: o, w, o), strict=True)(yes, w, other)

@@ -64,6 +64,16 @@ def test_everything_else(name, rng):
         assert got.dtype == wanted.dtype
 
 
+def test_two_leaves(rng):
+    w, v = (SCHEMES[name].convert(jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)) for name in ("int8", "int2"))
+
+    def fn(w, v):
+        return w.T @ v, v @ w.T, w.T + v, jnp.where(True, w.T, w)
+
+    for got, wanted in zip(compressed(fn)(w, v), fn(dense(w), dense(v)), strict=True):
+        np.testing.assert_allclose(dense(got), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_back_again_is_the_weight_itself(rng):
     w = Affine(4).convert(jnp.asarray(rng.normal(size=(6, 16)), jnp.float32))
     back = compressed(lambda w: w.T.transpose(1, 0))(w)

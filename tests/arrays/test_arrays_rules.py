@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 from leaves import KINDS, low_rank, quantized, sparse
 
+from jaxcompress import quantize
 from jaxcompress.arrays import LowRank, MadeDenseError, Quantized, Sparse, _sparse_rules, compressed, dense, watch
 
 
@@ -163,6 +164,23 @@ def test_lookups_in_groups_and_in_sparse_tables():
     indices = jnp.asarray([[3, 19], [0, 3], [7, 7]])
     check(lambda t, i: jnp.take(t, i, axis=0), quantized((20, 9), axes=(-2,), group=(-1, 4)), indices)
     assert check(lambda t, i: jnp.take(t, i, axis=0), sparse((20, 9)), indices)[("Sparse", "gather", "rule")] == 1
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        quantized((6, 9)),
+        quantized((6, 9), axes=(-2,), asymmetric=True),
+        sparse((6, 9)),
+        low_rank((6, 9)),
+        quantize.KMeans(4).convert(jnp.arange(54.0).reshape(6, 9)),
+    ],
+    ids=["a scale an output", "a row", "sparse", "low rank", "codebook"],
+)
+def test_lookups_out_of_range_are_filled_as_those_of_the_dense_table(table):
+    at = jnp.asarray([5, 6, -7, 0])
+    for fn in (lambda t: jnp.take(t, at, axis=0), lambda t: t.at[at].get(mode="fill", fill_value=3.0)):
+        np.testing.assert_allclose(compressed(fn)(table), fn(dense(table)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_lookup_does_not_build_the_table():

@@ -176,3 +176,73 @@ def test_a_cache_of_a_symbolic_batch_is_exported(rng):
     args = scheme.convert(jnp.ones((3, 4, 2, 6))), jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32), jnp.arange(3)
     for one, other in zip(jax.tree.leaves(exported.call(*args)), jax.tree.leaves(fn(*args)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+BEAMS, DONE = jnp.array([2, 0, 2]), jnp.array([True, False, True])
+REORDERED = {
+    "beams": lambda c: c[BEAMS],
+    "take, out of range": lambda c: jnp.take(c, jnp.array([2, 7, 0]), axis=0),
+    "heads": lambda c: c[:, :, jnp.array([1, 0])],
+    "of each row": lambda c: jax.vmap(lambda c, at: c[at])(c, jnp.array([[3, 0, 1, 1], [0, 0, 2, 3], [1, 2, 3, 0]])),
+    "where": lambda c: jnp.where(DONE[:, None, None, None], c, c[BEAMS]),
+    "where, by token": lambda c: jnp.where((jnp.arange(4) < 2)[:, None, None], c, c[BEAMS]),
+    "where, vmapped": lambda c: jax.vmap(jnp.where)(DONE, c, c[BEAMS]),
+}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        quantize.Affine(4, axes=OWN, symmetric=False),
+        pytest.param(quantize.Affine(8, axes=OWN), marks=pytest.mark.slow),
+        pytest.param(quantize.Floats("float8_e4m3fn", axes=OWN), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", REORDERED)
+def test_rows_in_another_order_or_of_two_caches_stay_quantized(name, scheme, rng):
+    cache = scheme.convert(jnp.asarray(rng.normal(size=(3, 4, 2, 6)), jnp.float32))
+    out = compressed(REORDERED[name])(cache)
+    assert jax.tree.structure(out) == jax.tree.structure(cache) and nbytes(out) == nbytes(cache)
+    np.testing.assert_array_equal(dense(out), REORDERED[name](dense(cache)))
+
+
+def test_what_shares_a_step_is_not_taken_apart(rng):
+    cache = quantize.Affine(8, axes=OWN).convert(jnp.asarray(rng.normal(size=(3, 4, 2, 6)), jnp.float32))
+    for fn in (
+        lambda c: jnp.where(jnp.arange(6) < 2, c, c[BEAMS]),
+        lambda c: c[..., jnp.arange(5, -1, -1)],
+        lambda c: c[:2],
+    ):
+        out = compressed(fn)(cache)
+        assert isinstance(out, jax.Array)
+        np.testing.assert_array_equal(out, fn(dense(cache)))
+    with pytest.raises(TypeError, match=r"Quantized of shape .* is carried by a `scan` .*: select_n had no rule"):
+        compressed(
+            lambda c: jax.lax.fori_loop(0, 2, lambda i, c: jnp.where(jnp.arange(6) < 2, c, c[BEAMS]), c),
+        )(cache)
+
+
+def test_beam_search_in_a_loop(rng):
+    """Writes, new orders and finished rows inside one scan, against the same on the leaf's parts, one by one."""
+    scheme, steps = quantize.Affine(8, axes=OWN), 4
+    cache = scheme.convert(jnp.zeros((3, steps, 2, 6)))
+    rows = jnp.asarray(rng.normal(size=(steps, 3, 2, 6)), jnp.float32)
+    orders = jnp.asarray(rng.integers(0, 3, (steps, 3)))
+
+    def step(cache, at):
+        i, row, order = at
+        new = jax.lax.dynamic_update_slice(cache, row[:, None], (0, i, 0, 0))[order]
+        new = jnp.where((order == 1)[:, None, None, None], cache, new)
+        return new, jnp.einsum("bthd,bhd->bth", new, row)
+
+    at = jnp.arange(steps), rows, orders
+    out, scores = jax.jit(compressed(lambda c, at: jax.lax.scan(step, c, at), strict=True))(cache, at)
+    wanted = np.zeros(cache.shape)
+    for i in range(steps):
+        largest = np.abs(rows[i]).max(-1, keepdims=True)
+        new = wanted.copy()
+        new[:, i] = np.round(np.asarray(rows[i], np.float64) * 127 / largest) * largest / 127
+        wanted = np.where(np.asarray(orders[i] == 1)[:, None, None, None], wanted, new[np.asarray(orders[i])])
+        np.testing.assert_allclose(scores[i], np.einsum("bthd,bhd->bth", wanted, rows[i]), atol=1e-4)
+    assert isinstance(out, Quantized)
+    np.testing.assert_allclose(dense(out), wanted, atol=1e-5)
