@@ -278,6 +278,8 @@ def _part(values: Array, start: Array, size: int, axis: int) -> Array:
     """`dynamic_slice_in_dim`; of small floats by their bits, or XLA:CPU widens all of them before a loop over parts."""
     if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize > 2:
         return jax.lax.dynamic_slice_in_dim(values, start, size, axis)
+    # a barrier, or the bits become an array of their own before the loop
+    values, start = jax.lax.optimization_barrier((values, start))
     bits = jax.lax.bitcast_convert_type(values, jnp.uint8 if values.dtype.itemsize == 1 else jnp.uint16)
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), values.dtype)
 
