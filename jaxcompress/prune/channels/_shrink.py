@@ -30,7 +30,8 @@ def shrink(fn: Callable[..., Any], params: Any, plan: Plan, *, rederive: bool = 
       plan: what stays.
       rederive: numbers that the function derives from widths stay as traced, so that the smaller model is exactly the
         one with zeroed units; `True` divides means by the widths that are left, as a model built so small would.
-        Other such numbers, like attention's `1 / sqrt(width of a head)`, stay in both cases.
+        Other such numbers, like attention's `1 / sqrt(width of a head)`, a variance's `n - 1`, and what the derivative
+        of a mean divides by where `fn` itself takes one, stay in both cases.
 
     Raises:
       ValueError: the plan is for another tree; when called: for another function, or small parameters that don't fit.

@@ -38,6 +38,27 @@ def test_transformations_and_other_batch_sizes():
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(hessian))
 
 
+@pytest.mark.parametrize("how", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+def test_derivatives_along_a_direction_through_a_while_loop(how):
+    """JAX has no others there."""
+    m = Maker()
+    params, x = {"a": m(5, 8), "b": m(8, 8), "c": m(8, 3)}, jnp.asarray(np.eye(4, 5), jnp.float32)
+
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        turned = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["b"]) + h), (0, h))
+        return turned[1] @ p["c"]
+
+    plan = channels.plan(groups := channels.groups(fn, params, x), channels.norm(groups, params), 0.5)
+    assert plan.widths == {"a[1]": (8, 4)}
+    masked, cut = plan.mask(params), plan.apply(params)
+    small = channels.shrink(fn, params, plan)
+    wanted = how(lambda p: jax.jvp(lambda p: fn(p, x), (p,), (p,)))(masked)
+    found = how(lambda p: jax.jvp(lambda p: small(p, x), (p,), (p,)))(cut)
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+
 def test_cut_again_and_quantized():
     fn, params, (x,), plan, small = halved("mlp")
     cut = plan.apply(params)
