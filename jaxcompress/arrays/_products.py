@@ -73,17 +73,26 @@ def register_product(
     """
 
     def decorate(product: Product) -> Product:
+        def run(x: Array, w: Any, dims: Dims, params: dict[str, Any]) -> Any:
+            if not is_float(x) or x.dtype.itemsize > 1:
+                return product(x, w, dims, params)
+            # JAX promotes an 8-bit float to nothing beside a scale: as float32, and what comes out is what it was
+            wide = params | {"preferred_element_type": jnp.dtype(jnp.float32)}
+            out = product(x.astype(jnp.float32), w, dims, wide)
+            is_left = out is NotImplemented or isinstance(out, Otherwise)
+            return out if is_left else out.astype(params["preferred_element_type"] or x.dtype)
+
         # rules are chosen by their annotations, of which one is a variable here: a type checker cannot follow
         @register(lax.dot_general_p)
         def _input_weight(x: ArrayLike, w: leaf, **params: Any) -> Any:  # type: ignore[valid-type]
-            return product(_as_wide(x, w), w, Dims.of(params["dimension_numbers"]), params)
+            return run(_as_wide(x, w), w, Dims.of(params["dimension_numbers"]), params)
 
         @register(lax.dot_general_p)
         def _weight_input(w: leaf, x: ArrayLike, **params: Any) -> Any:  # type: ignore[valid-type]
             x, dims = _as_wide(x, w), Dims.of(params["dimension_numbers"], weight_first=True)
             if params.get("out_sharding") is not None:
                 return NotImplemented if otherwise is None else otherwise(x, w, dims)
-            out = product(x, w, dims, params)
+            out = run(x, w, dims, params)
             if out is NotImplemented or isinstance(out, Otherwise):
                 return out
             return swap_free(out, len(dims.x_batch), len(dims.x_free(x.ndim)))
@@ -180,7 +189,7 @@ def by_columns(product: Callable[[Array, Any], Array], x: Array, w: Any, dims: D
 
 def compute_dtype(x: Array) -> Any:
     """What to accumulate in: at least float32, so that the scale multiplies an unrounded sum."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.promote_types(x.dtype, jnp.float32) if x.dtype.itemsize > 1 else jnp.dtype(jnp.float32)
 
 
 def block_map(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
@@ -238,6 +247,12 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
         if entry is None or entry is PartitionSpec.UNCONSTRAINED
         else (entry if isinstance(entry, tuple) else (entry,))
     )
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """How `x` is divided, if its mesh has explicit axes: then shapes and sums must say how their results are."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def is_float(x: Any) -> bool:

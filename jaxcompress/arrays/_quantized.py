@@ -24,6 +24,7 @@ from jaxcompress.arrays._bits import (
 )
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
+from jaxcompress.arrays._products import explicit_sharding, fitting
 
 
 class Quantized(Leaf):
@@ -122,7 +123,7 @@ class Quantized(Leaf):
 
     def aval(self) -> ShapedArray:
         shape = self.values.shape if self.length is None else (*self.values.shape[:-1], self.length)
-        return ShapedArray(_exchanged(shape) if self.turned else shape, jnp.dtype(self.compute_dtype))
+        return like_part(_exchanged(shape) if self.turned else shape, self.compute_dtype, self.values, self.turned)
 
     def materialise(self) -> Array:
         return (self.centred(jnp.float32) * self.spread(self.steps)).astype(self.compute_dtype)
@@ -266,6 +267,16 @@ class Quantized(Leaf):
             )
 
         return [column(codes, i) for i, codes in enumerate(signed_parts(self.values, self.bits))]
+
+
+def like_part(shape: tuple[int, ...], dtype: Any, part: Any, turned: bool) -> ShapedArray:
+    """The type of a leaf of which `part` has all axes: along explicit ones of a mesh it is divided as the part is."""
+    sharding = explicit_sharding(part) if isinstance(part, jax.Array) else None
+    if sharding is None:
+        return ShapedArray(shape, jnp.dtype(dtype))
+    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    spec = fitting(sharding.update(spec=jax.sharding.PartitionSpec(*_exchanged(spec) if turned else spec)), shape)
+    return ShapedArray(shape, jnp.dtype(dtype), sharding=sharding.update(spec=spec))
 
 
 def _exchanged(axes: Sequence[int]) -> tuple[int, ...]:

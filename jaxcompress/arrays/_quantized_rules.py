@@ -67,11 +67,12 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
     if not all(isinstance(size, int) for size in w.shape):  # a cache under jax.export: the ways are chosen by sizes
         return _left_to_dense(x, w, dims)
     varies = [axis for axis in dims.w_contract if w.scale.shape[axis] > 1]
+    in_groups = w.group and varies == [w.group[0] + w.ndim] and params.get("out_sharding") is None
     if not varies:
         way = _dot_scaled_outputs
-    elif all(w.scale.shape[axis] == 1 for axis in dims.w_free(w.ndim)):
+    elif all(w.scale.shape[axis] == 1 for axis in dims.w_free(w.ndim)) and not (in_groups and w.as_integers):
         way = _dot_scaled_inputs
-    elif w.group and varies == [w.group[0] + w.ndim] and params.get("out_sharding") is None:
+    elif in_groups:
         way = _dot_scaled_groups
     elif is_tiled(x, w, dims) and params.get("out_sharding") is None:
         return _dot_scaled_tiles(x, w, dims, params).astype(params["preferred_element_type"] or x.dtype)

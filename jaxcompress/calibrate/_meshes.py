@@ -4,14 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-
-def explicit_sharding(x: Array) -> NamedSharding | None:
-    """How `x` is divided, if its mesh has explicit axes: then shapes and sums must say how their results are."""
-    sharding = jax.typeof(x).sharding
-    return sharding if sharding.mesh.explicit_axes else None
+from jaxcompress.arrays._products import explicit_sharding
 
 
 def replicated(fn: Callable[..., Any], x: Array, *args: Any) -> Any:

@@ -24,9 +24,9 @@ from jax.extend.core import primitives
 from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays import Leaf, register
-from jaxcompress.arrays._products import Dims, is_float
+from jaxcompress.arrays._products import Dims, explicit_sharding, is_float
 from jaxcompress.calibrate._layout import Layout, Step, viewed_shape
-from jaxcompress.calibrate._meshes import explicit_sharding, replicated
+from jaxcompress.calibrate._meshes import replicated
 
 
 @dataclasses.dataclass

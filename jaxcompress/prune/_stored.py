@@ -12,8 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxcompress.arrays._bits import pack_bits, unpack_bits
-from jaxcompress.arrays._products import mesh_axes
-from jaxcompress.calibrate._meshes import explicit_sharding
+from jaxcompress.arrays._products import explicit_sharding, mesh_axes
 
 
 def all_kept(weight: jax.Array, packed: bool) -> jax.Array:

@@ -29,7 +29,8 @@ class Affine:
         zero on it.
       activation_bits: also quantize an input that meets the weight in a product or convolution: 2 to 8 bits, or 16.
         Symmetrically, with a scale of its own for each row (each example of a convolution), found as it comes; or on
-        the grid of a calibrated range (`input_ranges`), or of a learned one (`learn`). `None` leaves inputs alone.
+        the grid of a calibrated range (`input_ranges`), or of a learned one (`learn`). `None` leaves inputs alone, and
+        integers and complex numbers are never rounded.
     """
 
     bits: int = 8

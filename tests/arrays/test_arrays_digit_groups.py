@@ -112,3 +112,16 @@ def test_half_precision_meets_weights_that_are_not_rounded_to_it(monkeypatch, rn
     whole = np.asarray(dense(w), np.float64)
     got, wanted = np.asarray(jax.jit(wide)(x, w)), np.asarray(x, np.float64) @ whole
     assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("worth", [1, 1 << 18])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_one_scale_for_all_outputs_meet_integers_as_integers(monkeypatch, rng, symmetric, worth):
+    monkeypatch.setattr(_digit_groups, "WORTH", worth)
+    scheme = quantize.Affine(4, axes=(), group=(0, 32), symmetric=symmetric, activation_bits=8)
+    w = scheme.convert(jnp.asarray(rng.normal(size=(256, 24)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(5, 256)), jnp.float32)
+    assert "preferred_element_type=int32" in str(jax.make_jaxpr(compressed(jnp.matmul))(x, w))
+    step = np.abs(np.float64(x)).max(-1, keepdims=True) / 127
+    wanted = np.round(np.float64(x) / step) * step @ np.float64(w.materialise())
+    np.testing.assert_allclose(compressed(jnp.matmul)(x, w), wanted, atol=1e-4)

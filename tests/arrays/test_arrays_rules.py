@@ -151,6 +151,19 @@ def test_convolutions(kind, case, tile):
         assert hits[(type(w).__name__, "conv_general_dilated", "rule")] == 1
 
 
+@pytest.mark.parametrize("axes", [(-1,), (-2,)])
+@pytest.mark.parametrize("wanted", [None, "float32"])
+def test_inputs_of_8_bit_floats(axes, wanted, rng):
+    """JAX has no promotion of them beside a scale in float32; what comes out is of the dtype that was asked for."""
+    w, x = quantized((8, 6), axes=axes, dtype="float8_e4m3fn"), jnp.asarray(rng.normal(size=(3, 8)), "float8_e4m3fn")
+    weight = np.asarray(dataclasses.replace(w, compute_dtype="float32").materialise(), np.float64)
+    for fn in (lambda x, w: jnp.matmul(x, w, preferred_element_type=wanted), lambda x, w: (w.T @ x.T).T):
+        out = compressed(fn, strict=True)(x, w)
+        assert out.dtype == fn(x, dense(w)).dtype
+        relative = 1e-6 if out.dtype == jnp.float32 else 0.07
+        np.testing.assert_allclose(np.float64(out), np.float64(x) @ weight, rtol=relative, atol=10 * relative)
+
+
 @pytest.mark.parametrize("axes", [(), (-1,), (-2,), (-2, -1)])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_lookups(axes, bits):

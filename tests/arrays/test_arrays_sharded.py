@@ -184,6 +184,19 @@ def test_a_cache_is_written_to_under_explicit_axes(rng):
     np.testing.assert_allclose(out.materialise(), expected.materialise(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", [Affine(8, axes=(0, -1)), Affine(4, axes=(0, -1), group=(1, 4))])
+def test_vmap_inside_under_explicit_axes(scheme, rng):
+    """JAX holds how the mapped axes are divided against each other, so a leaf's type says it as an array's does."""
+    on, w = mesh(AxisType.Explicit), scheme.convert(jnp.asarray(rng.normal(size=(4, 8, 6)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(4, 3, 8)), jnp.float32)
+    with jax.set_mesh(on):
+        w_on, x_on = (jax.tree.map(lambda part: jax.device_put(part, P("data")), tree) for tree in (w, x))
+        assert jax.typeof(w_on.materialise()).sharding.spec == w_on.aval().sharding.spec == P("data", None, None)
+        out = jax.jit(compressed(jax.vmap(lambda x, w: x @ w), strict=True))(x_on, w_on)
+    assert jax.typeof(out).sharding.spec[0] == "data"
+    np.testing.assert_allclose(out, np.einsum("bri,bio->bro", x, w.materialise()), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("spec", [(None, None), (None, "model"), ("model", None)])
 def test_a_divided_mask_under_explicit_axes(spec, rng):
     """Products, rows that are looked up and derivatives, and the dense value: divided as those of the array are."""

@@ -149,6 +149,39 @@ def test_each_row_of_a_batch_is_written_at_its_own_place(scheme, write, rng):
     assert "f32[3,40,2,6]" not in step.as_text()
 
 
+ROWS, PLACES = jnp.array([2, 0, 1]), jnp.array([3, 1, 3])
+SCATTERED = {  # what is written, and with indices of its own for each example
+    "three axes": ((3, 6), lambda c, x, at: c.at[ROWS, at, jnp.array([1, 0, 1])].set(x)),
+    "two axes, one between": ((3, 4, 6), lambda c, x, at: c.at[at % 3, :, jnp.array([1, 0, 1])].set(x)),
+    "all rows": ((3, 3, 2, 6), lambda c, x, at: c.at[:, (at + jnp.arange(3)) % 4].set(x)),
+    "3-d indices": (
+        (1, 3, 2, 2, 6),
+        lambda c, x, at: c.at[jnp.arange(3)[None, :, None], jnp.stack([at, (at + 1) % 4], -1)[None]].set(x),
+    ),
+    "out of range": ((3, 2, 6), lambda c, x, at: c.at[ROWS, at * 2 - 1].set(x)),
+    "one": ((2, 6), lambda c, x, at: c.at[1, at[0]].set(x)),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "vmap"])
+@pytest.mark.parametrize("name", SCATTERED)
+def test_scattered_rows_are_rounded_and_the_rest_stays(name, mapped, rng):
+    """Against NumPy in float64: the rows rounded by their largest number, then put there as an array has them put."""
+    shape, write = SCATTERED[name]
+    cache = quantize.Affine(8, axes=OWN).convert(jnp.asarray(rng.normal(size=(3, 4, 2, 6)), jnp.float32))
+    at = PLACES[None] + jnp.array([[0], [-1]]) if mapped else PLACES
+    x = rng.normal(size=(*((2,) if mapped else ()), *shape))
+    step = np.abs(np.float32(x)).max(-1, keepdims=True) / np.float32(127)
+    kept = dense(cache)
+    if mapped:
+        cache, kept = jax.tree.map(lambda part: jnp.stack([part, part]), (cache, kept))
+        write = jax.vmap(write)
+    out = jax.jit(compressed(write, strict=True))(cache, jnp.asarray(x, jnp.float32), at)
+    assert jax.tree.structure(out) == jax.tree.structure(cache)
+    wanted = write(kept, jnp.asarray(np.round(np.float32(x) / step) * step), at)
+    np.testing.assert_allclose(dense(out), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_row_that_shares_a_step_or_a_byte_with_others_is_not_written_alone():
     rows, at = jnp.ones((3, 2, 6)), jnp.array([1, 2, 0])
     for axes in ((-3, -2), (-4, -3)):  # the batch's rows share steps, or the heads of a token
