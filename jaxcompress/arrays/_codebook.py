@@ -114,17 +114,20 @@ class Codebook(Leaf):
         return super().unshared(length) if self.ndim > 1 else self.unstacked()
 
     def unit(self, axis: int) -> int:
-        """A part along `axis` begins at a multiple of this, and its size is one: the indices of a byte."""
+        """A part along `axis` begins at a multiple of this (the indices of a byte), and its size is one.
+
+        The last part's may be another.
+        """
         return 8 // self.bits if axis == len(self.shape) - 1 else 1
 
-    def tile(self, axis: int, start: Array, size: int) -> "Codebook":
+    def tile(self, axis: int, start: Array | int, size: int) -> "Codebook":
         """The part `start : start + size` along `axis`, cut out of the stored indices."""
         if size == self.shape[axis]:
             return self
         last = axis == len(self.shape) - 1
         a_byte = 8 // self.bits if last else 1
         return Codebook(
-            indices=jax.lax.dynamic_slice_in_dim(self.indices, start // a_byte, size // a_byte, axis),
+            indices=jax.lax.dynamic_slice_in_dim(self.indices, start // a_byte, -(-size // a_byte), axis),
             centroids=self.centroids
             if self.centroids.shape[axis] == 1
             else jax.lax.dynamic_slice_in_dim(self.centroids, start, size, axis),

@@ -218,12 +218,15 @@ class Quantized(Leaf):
         return super().unshared(length) if part else self.unstacked()
 
     def unit(self, axis: int) -> int:
-        """A part along `axis` begins at a multiple of this, and its size is one: a byte's codes, a group's weights."""
+        """A part along `axis` begins at a multiple of this (a byte's codes, a group's weights), and its size is one.
+
+        The last part's may be another.
+        """
         axis -= len(self.shape)
         unit = 8 // self.bits if self.length is not None and axis == -1 else 1
         return math.lcm(unit, self.group[1]) if self.group is not None and axis == self.group[0] else unit
 
-    def tile(self, axis: int, start: Array, size: int) -> "Quantized":
+    def tile(self, axis: int, start: Array | int, size: int) -> "Quantized":
         """The part `start : start + size` along `axis`, cut out of the stored codes; or one that lies in one group."""
         if size == self.shape[axis]:
             return self
@@ -231,12 +234,12 @@ class Quantized(Leaf):
         packed = self.length is not None and axis == len(self.shape) - 1
         a_byte = 8 // self.bits if packed else 1
         stored = _exchanged(range(len(self.shape)))[axis] if self.turned else axis
-        values = _part(self.values, start // a_byte, size // a_byte, stored)
+        values = _part(self.values, start // a_byte, -(-size // a_byte), stored)
 
         def steps(per_block: Array) -> Array:
             if per_block.shape[axis] == 1:
                 return per_block
-            return jax.lax.dynamic_slice_in_dim(per_block, start // a_group, max(1, size // a_group), axis)
+            return jax.lax.dynamic_slice_in_dim(per_block, start // a_group, -(-size // a_group), axis)
 
         zero_point = None if self.zero_point is None else steps(self.zero_point)
         return dataclasses.replace(
@@ -245,7 +248,6 @@ class Quantized(Leaf):
             scale=steps(self.scale),
             zero_point=zero_point,
             length=size if packed else self.length,
-            group=None if size < a_group else self.group,
         )
 
     def columns(self) -> list["Quantized"]:

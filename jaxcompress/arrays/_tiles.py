@@ -36,9 +36,9 @@ class Tileable(Protocol):
         """Of the dense value."""
 
     def unit(self, axis: int) -> int:
-        """A part along `axis` begins at a multiple of this, and its size is one."""
+        """A part along `axis` begins at a multiple of this, and its size is one, but for the last part's."""
 
-    def tile(self, axis: int, start: Array, size: int) -> Self:
+    def tile(self, axis: int, start: Array | int, size: int) -> Self:
         """The part `start : start + size` along `axis`."""
 
 
@@ -71,11 +71,13 @@ def tiled(
     known = isinstance(count, int)  # under jax.export it may be a symbol
     plan = _plan_for(x, w, dims, depth)
     few = rows is None or not known or count <= rows
+    if plan is None and rows is None:
+        plan = _plan_for_most(x, w, dims, depth)
     if plan is None or not few or jax.device_count() > 1:  # a loop over the parts of a sharded weight would gather it
         return at_once()
 
     def loops(x: Array, w: W) -> Array:
-        return _loops(product, x, w, dims, *plan)
+        return _loops_and_rest(product, x, w, dims, depth, *plan)
 
     if decode is None or not known or not suits(decode, w, dims, count, depth):
         return lax.platform_dependent(cpu=lambda: loops(x, w), default=at_once)
@@ -90,7 +92,7 @@ def _lanes(product: Callable[[Array, W], Array], loops: Any, decode: Decode, x: 
 
 def is_tiled(x: Array, w: Tileable, dims: Dims) -> bool:
     """Whether `tiled` would cut the weight up on a CPU, if `rows` and `depth` are as by default."""
-    return _plan_for(x, w, dims, TILE) is not None
+    return _plan_for(x, w, dims, TILE) is not None or _plan_for_most(x, w, dims, TILE) is not None
 
 
 def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
@@ -109,13 +111,38 @@ def _plan(w: Any, dims: Dims, depth: int, tile: int, width: int) -> tuple[int, i
     free = dims.w_free(len(w.shape))
     if not free or not dims.w_contract:
         return None
-    along, across = (max(axes, key=lambda axis: w.shape[axis]) for axes in (dims.w_contract, free))
+    along, across = _longest(w, dims)
     rest = math.prod(w.shape) // (w.shape[along] * w.shape[across])
     beside = math.prod(w.shape[axis] for axis in dims.w_contract if axis != along)
     width = _part(w, across, min(width // max(1, rest // beside), tile // (w.unit(along) * rest)))
     part = _part(w, along, min(tile // (width * rest), depth // beside))
     worth = width * part * rest >= tile // 8  # an axis of few divisors makes tiles too small
+    if width * part * rest > tile and any(w.shape[axis] % w.unit(axis) for axis in (along, across)):
+        return None  # the whole axis, for want of a part with whole groups
     return (along, part, across, width) if worth and part * beside <= depth else None
+
+
+def _longest(w: Any, dims: Dims) -> tuple[int, int]:
+    """The longest contracted axis of the weight, and the longest free one."""
+    along, across = (max(axes, key=lambda axis: w.shape[axis]) for axes in (dims.w_contract, dims.w_free(len(w.shape))))
+    return along, across
+
+
+def _plan_for_most(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
+    """`_plan_for` of most of a weight, where an axis has few divisors, or its last group is shorter."""
+    if not dims.w_contract or not dims.w_free(len(w.shape)):
+        return None
+    along, across = _longest(w, dims)
+    n, m = w.shape[along], w.shape[across]
+    for even in (1, 4, 16, 64):  # the least that is left over
+        a, b = n - n % (even * w.unit(along)), m - m % (even * w.unit(across))
+        for part, width in ((n, b), (a, m), (a, b)):
+            if part and width and (part, width) != (n, m):
+                most = jax.eval_shape(lambda w, p=part, q=width: w.tile(along, 0, p).tile(across, 0, q), w)
+                plan = _plan_for(x, most, dims, depth)
+                if plan is not None:
+                    return plan
+    return None
 
 
 def _part(w: Any, axis: int, most: int) -> int:
@@ -128,6 +155,7 @@ def _part(w: Any, axis: int, most: int) -> int:
 def _loops(
     product: Callable[[Array, Any], Array], x: Array, w: Any, dims: Dims, along: int, part: int, across: int, width: int
 ) -> Array:
+    """The product with as much of the weight as whole tiles have."""
     x_axis = dims.x_contract[dims.w_contract.index(along)]
 
     def column(j: Array) -> Array:
@@ -142,13 +170,42 @@ def _loops(
     if width == w.shape[across]:
         return column(jnp.int32(0))
     one = jax.eval_shape(column, jnp.int32(0))
-    axis = len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
+    axis, columns = _out_axis(x, w, dims, across), w.shape[across] // width
 
     def put(out: Array, j: Array) -> tuple[Array, None]:  # in its place at once: stacked columns would be moved there
         return lax.dynamic_update_slice_in_dim(out, column(j), j * width, axis), None
 
-    out = jnp.zeros([w.shape[across] if i == axis else size for i, size in enumerate(one.shape)], one.dtype)
-    return lax.scan(put, out, jnp.arange(w.shape[across] // width))[0]
+    out = jnp.zeros([columns * width if i == axis else size for i, size in enumerate(one.shape)], one.dtype)
+    return lax.scan(put, out, jnp.arange(columns))[0]
+
+
+def _loops_and_rest(
+    product: Callable[[Array, Any], Array],
+    x: Array,
+    w: Any,
+    dims: Dims,
+    depth: int,
+    along: int,
+    part: int,
+    across: int,
+    width: int,
+) -> Array:
+    """`_loops`, and the ends of the two axes that its tiles leave over."""
+    (n, m), x_axis = (w.shape[along], w.shape[across]), dims.x_contract[dims.w_contract.index(along)]
+    a, b = n - n % part, m - m % width
+
+    def rest(i: int, j: int, size: int) -> Array:
+        here = w.tile(along, i, n - i).tile(across, j, size)
+        return tiled(product, lax.slice_in_dim(x, i, n, axis=x_axis), here, dims, depth=depth)
+
+    out = _loops(product, x, w, dims, along, part, across, width)
+    if a < n:
+        out = out + rest(a, 0, b)
+    return out if b == m else lax.concatenate([out, rest(0, b, m - b)], _out_axis(x, w, dims, across))
+
+
+def _out_axis(x: Array, w: Any, dims: Dims, across: int) -> int:
+    return len(dims.x_batch) + len(dims.x_free(x.ndim)) + dims.w_free(len(w.shape)).index(across)
 
 
 def part_by_part(product: Callable[[Array, W], Array], x: Array, w: W, dims: Dims, along: int, size: int) -> Array:

@@ -1,6 +1,7 @@
 """Weights decoded tile by tile on a single CPU: the same products, and no float copy of the weight."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import pytest
 from jax import export, lax
 
 from jaxcompress import compressed
-from jaxcompress.arrays import Quantized, _digits, _lanes, _tiles
-from jaxcompress.quantize import NF4, Affine, Floats, quantize
+from jaxcompress.arrays import Leaf, Quantized, _digits, _lanes, _tiles
+from jaxcompress.quantize import NF4, Affine, Floats, KMeans, quantize
 
 
 @pytest.fixture
@@ -232,3 +233,38 @@ def test_small_groups_and_groups_of_outputs(small_tiles, monkeypatch, group: tup
     np.testing.assert_allclose(jax.jit(compressed(jnp.dot))(x, w), wanted, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(_lanes, "LARGE", 1)
     np.testing.assert_allclose(jax.jit(compressed(jnp.dot))(x, w), wanted, rtol=1e-4, atol=1e-4)
+
+
+ENDS = [
+    Affine(),
+    Affine(4, symmetric=False),
+    Affine(4, group=(0, 8)),
+    Affine(8, group=(0, 10), activation_bits=8),
+    NF4((0, 8)),
+]
+
+
+@pytest.mark.parametrize("scheme", [*ENDS, KMeans(4, axes=(-1,), start="linear")])
+def test_what_tiles_leave_over(small_tiles, scheme) -> None:
+    """Both axes are primes, or have a shorter last group: values and gradients are those of the dense weight."""
+    x, w = jnp.round(30 * normal(5, 83)).at[:, 0].set(127.0), scheme.convert(normal(83, 61, seed=1))  # 8 bits hold x
+    product = compressed(jnp.dot)
+    assert loops(product, x, w) >= 1
+
+    @jax.jit
+    def value_and_slope(x: jax.Array, w: jax.Array | Leaf) -> tuple[jax.Array, jax.Array]:
+        value, pull = jax.vjp(lambda x: product(x, w), x)
+        return value, pull(value)[0]
+
+    for got, want in zip(value_and_slope(x, w), value_and_slope(x, w.materialise()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize(("n", "m", "group"), [(768, 6101, None), (1000, 2048, (0, 64)), (1021, 1031, None)])
+def test_no_float_copy_of_a_weight_that_tiles_do_not_divide(monkeypatch, n: int, m: int, group: Any) -> None:
+    """As the vocabulary of 30,522 words of BERT, and a last group that is shorter."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    w = jax.eval_shape(Affine(group=group).convert, jax.ShapeDtypeStruct((n, m), jnp.float32))
+    compiled = jax.jit(compressed(jnp.dot)).lower(jax.ShapeDtypeStruct((1, n), jnp.float32), w).compile()
+    assert not re.search(rf"(f32|f16|bf16|s16)\[{n},{m}\]", compiled.as_text())
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.06 * 4 * n * m
