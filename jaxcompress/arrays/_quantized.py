@@ -21,6 +21,7 @@ from jaxcompress.arrays._bits import (
     repeated,
     signed_parts,
     unpack_signed,
+    widened,
 )
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
@@ -179,7 +180,7 @@ class Quantized(Leaf):
     def numbers(self, codes: Array, dtype: Any) -> Array:
         """What codes stand for, before the zero point and the scale."""
         if self.levels is None:
-            return codes.astype(dtype)
+            return codes.astype(dtype) if self.of_codes else widened(codes, dtype)
         table, indices = jnp.asarray(self.levels, dtype), codes.astype(jnp.uint8) & (len(self.levels) - 1)
         return lax.platform_dependent(table, indices, cpu=chosen, default=from_table)
 
@@ -239,7 +240,7 @@ class Quantized(Leaf):
         def steps(per_block: Array) -> Array:
             if per_block.shape[axis] == 1:
                 return per_block
-            return jax.lax.dynamic_slice_in_dim(per_block, start // a_group, -(-size // a_group), axis)
+            return _part(per_block, start // a_group, -(-size // a_group), axis)
 
         zero_point = None if self.zero_point is None else steps(self.zero_point)
         return dataclasses.replace(

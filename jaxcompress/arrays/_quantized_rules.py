@@ -253,8 +253,9 @@ def _weight_sums(codes: Array, dims: Dims, x_ndim: int) -> Array:
 
 
 def _decode(w: Quantized, decoded: Any, rows: int) -> Any:
-    """`decoded`, for a product by lanes, where values are codes; lanes choose from a table for each row anew."""
-    return decoded if w.of_codes and (w.levels is None or rows == 1) else None
+    """`decoded`, for a product by lanes, which decodes for each row anew: tables and 8-bit floats take long."""
+    quick = w.scale.dtype == jnp.float32 and (w.of_integers or w.values.dtype.itemsize > 1)
+    return decoded if quick or rows == 1 else None
 
 
 def _centred(w: Quantized, dtype: Any) -> list[Array]:

@@ -22,7 +22,8 @@ W = TypeVar("W", bound="Tileable")
 
 TILE = 1 << 16  # weights decoded at a time: 256 KB of float32
 WIDTH = 1 << 10  # of them along the output
-LARGER, TILES = 4, 32  # times as large where there are many rows, or still so many tiles: 3 % of the float weight
+LARGER = 4  # times as large where there are many rows
+LARGEST, TILES = 8, 32  # up to so many times where there still are so many tiles: 3 % of the float weight
 FEW, WIDE = 4, 1 << 12  # below so many rows of input reading the weight is what takes time, and long lines read faster
 MANY = 32  # from so many rows on products take the time
 WORTH, SMALL = 1 << 18, 1 << 17  # smaller weights are decoded whole; for fewer than MANY rows those below SMALL
@@ -102,8 +103,9 @@ def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, 
     if size < (WORTH if count >= MANY else SMALL):
         return None
     # the codes of a byte are multiplied apart, and each part shall be a tile
-    larger = LARGER if count >= MANY else max(1, min(LARGER, size // (TILES * apart * TILE)))
-    return _plan(w, dims, depth, apart * larger * TILE, apart * (WIDE if count < FEW else math.isqrt(larger) * WIDTH))
+    larger = max(LARGER if count >= MANY else 1, min(LARGEST, size // (TILES * apart * TILE)))
+    width = WIDE if count < FEW or larger > LARGER else math.isqrt(larger) * WIDTH
+    return _plan(w, dims, depth, apart * larger * TILE, apart * width)
 
 
 def _plan(w: Any, dims: Dims, depth: int, tile: int, width: int) -> tuple[int, int, int, int] | None:

@@ -11,7 +11,7 @@ from jax import export, lax
 
 from jaxcompress import compressed
 from jaxcompress.arrays import Leaf, Quantized, _digits, _lanes, _tiles
-from jaxcompress.quantize import NF4, Affine, Floats, KMeans, quantize
+from jaxcompress.quantize import MX, NF4, Affine, Floats, KMeans, quantize
 
 
 @pytest.fixture
@@ -162,9 +162,19 @@ def test_convolutions(small_tiles, bits: int) -> None:
     np.testing.assert_allclose(compressed(convolve)(x, w), convolve(x, w.materialise()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "groups", "outputs first", "fp8"])
+SMALL_FLOATS = {
+    "e4m3": Floats("float8_e4m3fn"),
+    "e5m2": Floats("float8_e5m2"),
+    "bfloat16": Floats("bfloat16"),
+    "float16": Floats("float16"),
+    "mx": MX(),
+    "mx int8": MX("int8"),
+}
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4", "groups", "outputs first", *SMALL_FLOATS])
 def test_no_float_copy_of_the_weight(monkeypatch, spec: str) -> None:
-    """Compiled at batch 1: temporaries of a twentieth of the weight's codes, and no float array of its shape."""
+    """Compiled at batch 1: temporaries of a twentieth of its numbers, and no other float array of its shape."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     n = 4096
     makes = {
@@ -172,20 +182,44 @@ def test_no_float_copy_of_the_weight(monkeypatch, spec: str) -> None:
         "int4": Affine(bits=4).convert,
         "groups": Affine(group=(0, 64)).convert,
         "outputs first": lambda w: Affine().convert(w).outputs_first(),
-        "fp8": Floats("float8_e4m3fn").convert,
-    }
+    } | {name: scheme.convert for name, scheme in SMALL_FLOATS.items()}
     w = jax.eval_shape(makes[spec], jax.ShapeDtypeStruct((n, n), jnp.float32))
     x = jax.ShapeDtypeStruct((1, n), jnp.float32)
 
     def slope(x: jax.Array, w: Quantized) -> jax.Array:
         return jax.grad(lambda x: jnp.sum(jnp.sin(compressed(jnp.dot)(x, w))))(x)
 
-    # of the values, of which most are a byte each; a gradient copies the codes, once, and so does a product of fp8
-    few = (1.1 if spec == "fp8" else 0.05) * w.values.size
-    for fn, most in ((compressed(jnp.dot), few), (slope, 1.2 * n * n)):
+    stored = {"bfloat16": "bf16", "float16": "f16"}.get(w.values.dtype.name)
+    wide = "|".join({"f32", "f16", "bf16", "s16"} - {stored})
+    for fn, most in ((compressed(jnp.dot), 0.05 * w.values.size), (slope, 0.2 * n * n)):
         compiled = jax.jit(fn).lower(x, w).compile()
-        assert not re.search(rf"(f32|f16|bf16|s16)\[{n},{n}\]", compiled.as_text())
+        assert not re.search(rf"\b({wide})\[{n},{n}\]", compiled.as_text())
         assert compiled.memory_analysis().temp_size_in_bytes < most
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("spec", ["bfloat16", "e4m3", "mx"])
+def test_few_rows_take_a_twentieth_of_the_float_weight(monkeypatch, spec: str, backwards: bool) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    n = 4096
+    w = jax.eval_shape(SMALL_FLOATS[spec].convert, jax.ShapeDtypeStruct((n, n), jnp.float32))
+    x = jax.ShapeDtypeStruct((16, n), jnp.float32)
+    compiled = jax.jit(compressed(lambda x, w: x @ (w.T if backwards else w))).lower(x, w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * 4 * n * n
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("spec", SMALL_FLOATS)
+def test_products_of_small_floats(small_tiles, monkeypatch, spec: str, rows: int) -> None:
+    """By lanes and by tiles, and their derivatives."""
+    monkeypatch.setattr(_lanes, "LARGE", 1)
+    rng = np.random.default_rng(0)
+    w = SMALL_FLOATS[spec].convert(jnp.asarray(rng.normal(size=(256, 64)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(rows, 256)), jnp.float32)
+    dense = np.asarray(w.values, np.float64) * np.asarray(w.spread(w.steps), np.float64)
+    out, slope = jax.vjp(lambda x: compressed(jnp.matmul)(x, w), x)
+    np.testing.assert_allclose(out, np.asarray(x, float) @ dense, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope(out)[0], np.asarray(out, float) @ dense.T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_small_weight_is_decoded_at_once(monkeypatch) -> None:

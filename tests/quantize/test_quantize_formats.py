@@ -10,6 +10,7 @@ from scipy.stats import norm
 
 from jaxcompress import pack, quantize
 from jaxcompress.arrays import compressed, dense, nbytes, watch
+from jaxcompress.arrays._bits import widened
 from jaxcompress.quantize import MX, NF4, Affine, Floats
 from jaxcompress.quantize._formats import FP4_LEVELS, NF4_LEVELS
 
@@ -236,3 +237,16 @@ def test_a_weight_without_entries_is_refused_by_name(scheme, shape):
     if not isinstance(scheme, quantize.KMeans):
         with pytest.raises(ValueError, match=r"'a/kernel': a weight of shape .* has no entries"):
             quantize.fake(lambda p: p["a"]["kernel"].sum(), {"kernel$": scheme})(params)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("wide", ["float32", "bfloat16", "float16"])
+def test_every_pattern_of_eight_bits_is_the_number_that_it_stands_for(dtype, wide):
+    """A CPU decodes them by hand."""
+    values = np.arange(256, dtype=np.uint8).view(dtype)
+    wanted = values.astype(wide).astype(np.float64)
+    for fn in (widened, jax.jit(widened, static_argnums=1)):
+        got = np.asarray(fn(jnp.asarray(values), jnp.dtype(wide)))
+        assert got.dtype == wide
+        np.testing.assert_array_equal(got.astype(np.float64), wanted)
+        np.testing.assert_array_equal(np.signbit(got)[wanted == 0], np.signbit(wanted)[wanted == 0])
