@@ -277,9 +277,10 @@ def like_part(shape: tuple[int, ...], dtype: Any, part: Any, turned: bool) -> Sh
     sharding = explicit_sharding(part) if isinstance(part, jax.Array) else None
     if sharding is None:
         return ShapedArray(shape, jnp.dtype(dtype))
-    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
-    spec = fitting(sharding.update(spec=jax.sharding.PartitionSpec(*_exchanged(spec) if turned else spec)), shape)
-    return ShapedArray(shape, jnp.dtype(dtype), sharding=sharding.update(spec=spec))
+    axes = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    spec = jax.sharding.PartitionSpec(*_exchanged(axes) if turned else axes)
+    fits = fitting(sharding.update(spec=spec), shape)
+    return ShapedArray(shape, jnp.dtype(dtype), sharding=sharding.update(spec=fits))
 
 
 def _exchanged(axes: Sequence[int]) -> tuple[int, ...]:

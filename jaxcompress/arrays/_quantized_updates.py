@@ -107,7 +107,8 @@ def _select(which: ArrayLike, first: Quantized, second: Quantized) -> Any:
     """`jnp.where` of two caches, where the condition was broadcast along the axes that share a step or a byte."""
     small, axes = _spread.get(id(which), (which, range(jnp.ndim(which))))
     where = [axis for axis, size in zip(axes, jnp.shape(small), strict=True) if size > 1]
-    alike = jax.tree.structure(first) == jax.tree.structure(second) and first.scale.shape == second.scale.shape
+    structures = {jax.tree.structure(leaf) for leaf in (first, second)}
+    alike = len(structures) == 1 and first.scale.shape == second.scale.shape
     apart = where and (first.turned or first.input_scale is not None)
     if not alike or apart or any(axis in _whole(first) for axis in where):
         return NotImplemented
