@@ -49,12 +49,21 @@ def _while(
     body_consts, carry = rest[:body_nconsts], list(rest[body_nconsts:])
     cond, body = _body(cond_jaxpr), _body(body_jaxpr)
 
-    def step(carry: list[Any]) -> list[Any]:
+    def step(consts: Sequence[Any], carry: list[Any]) -> list[Any]:
         with overheard() as hits:
-            outs = body(*body_consts, *carry)
+            outs = body(*consts, *carry)
         return _carried(lax.while_p, carry, outs, hits)
 
-    return lax.while_loop(lambda carry: cond(*cond_consts, *carry)[0], step, carry)
+    # not by `lax.while_loop`: of a loop that was mapped the condition is one for each example
+    groups = [jax.tree.leaves(group) for group in (cond_consts, body_consts, carry)]
+    outs = lax.while_p.bind(
+        *(x for group in groups for x in group),
+        cond_nconsts=len(groups[0]),
+        cond_jaxpr=jax.make_jaxpr(lambda consts, carry: cond(*consts, *carry))(cond_consts, carry),
+        body_nconsts=len(groups[1]),
+        body_jaxpr=jax.make_jaxpr(step)(body_consts, carry),
+    )
+    return jax.tree.unflatten(jax.tree.structure(carry), outs)
 
 
 @quax.register(lax.cond_p)

@@ -227,6 +227,17 @@ def test_a_loop_keeps_its_leaf_or_says_what_became_of_it(loop):
     np.testing.assert_array_equal(dense(turned), dense(quantized((8, 8), axes=())).T)
 
 
+def test_a_while_loop_that_is_mapped(rng):
+    """Its condition is one an example, so some go on while others wait."""
+    w, x = quantized((8, 8)), jnp.asarray(rng.normal(size=(4, 8)) * np.geomspace(0.1, 9, 4)[:, None], jnp.float32)
+
+    def settle(w, x):
+        return lax.while_loop(lambda c: jnp.sum(c[1] ** 2) > 1, lambda c: (c[0], c[1] @ c[0] / 40), (w, x))[1]
+
+    mapped = jax.vmap(settle, (None, 0))
+    np.testing.assert_allclose(jax.jit(compressed(mapped, strict=True))(w, x), mapped(dense(w), x), atol=1e-5)
+
+
 def test_branches_agree_on_a_leaf_or_on_its_dense_value():
     w, other, yes = quantized((8, 8)), quantized((8, 8), bits=4, seed=1), jnp.bool(True)
     for first, second in [
