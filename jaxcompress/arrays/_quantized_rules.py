@@ -42,6 +42,8 @@ from jaxcompress.arrays._products import (
     by_columns,
     compute_dtype,
     derived_from,
+    explicit_sharding,
+    fitting,
     is_float,
     register_product,
     split_axis,
@@ -88,7 +90,10 @@ def _dot(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Any:
 
 
 def _dot_scaled_inputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    return _dot_tiles(x, w, dims, params, along_contracted(w.spread(w.steps), dims, x.ndim))
+    per_input, sharding = along_contracted(w.spread(w.steps), dims, x.ndim), explicit_sharding(x)
+    if sharding is not None:  # a scaled input that is divided as the weight is would leave the product's sharding open
+        per_input = jax.sharding.reshard(per_input, sharding.update(spec=fitting(sharding, per_input.shape)))
+    return _dot_tiles(x, w, dims, params, per_input)
 
 
 def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:

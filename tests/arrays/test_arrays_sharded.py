@@ -197,6 +197,17 @@ def test_vmap_inside_under_explicit_axes(scheme, rng):
     np.testing.assert_allclose(out, np.einsum("bri,bio->bro", x, w.materialise()), rtol=1e-4, atol=1e-4)
 
 
+def test_a_transposed_weight_of_divided_outputs_under_explicit_axes(rng):
+    """Its scales meet the input, which stays divided as it was."""
+    on, w = mesh(AxisType.Explicit), Affine(8).convert(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+    with jax.set_mesh(on):
+        rows, w_on = jax.device_put(x, P("data")), place(w, (None, "model"), on)
+        out = jax.jit(compressed(lambda x, w: x @ w.T, strict=True))(rows, w_on)
+        assert jax.typeof(out) == jax.typeof(rows @ w_on.materialise().T)
+    np.testing.assert_allclose(out, x @ w.materialise().T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("spec", [(None, None), (None, "model"), ("model", None)])
 def test_a_divided_mask_under_explicit_axes(spec, rng):
     """Products, rows that are looked up and derivatives, and the dense value: divided as those of the array are."""
