@@ -50,7 +50,9 @@ class Config(_distilling.Config):
     """Training images that gradients and activations are taken from; of squared gradients an eighth."""
     wide: tuple[str, ...] = ("l2", "lamp", "taylor")
     """Scores that are also ranked over all groups together."""
-    rewound: tuple[str, ...] = ("l1", "l2", "scale", "geometric_median", "taylor", "hessian", "random")
+    rewound: tuple[str, ...] = (
+        "l1", "l2", "scale", "geometric_median", "taylor", "hessian", "activation", "apoz", "random",
+    )  # fmt: skip
     """Scores whose choice is also trained again from an early epoch."""
     rewind: int = 4
     """That epoch."""
