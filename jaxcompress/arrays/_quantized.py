@@ -203,6 +203,16 @@ class Quantized(Leaf):
         """Whether inputs and weights multiply as integers."""
         return self.activation_bits is not None and self.of_integers
 
+    def sums_as_integers(self, count: int) -> bool:
+        """Whether they do, and int32 holds the sum of `count` products, whatever they are."""
+        if not self.as_integers:
+            return False
+        assert self.activation_bits is not None
+        wide = self.activation_bits > 8 or self.input_zero_point is not None  # 16 bits are two times 8
+        of_input = 255 if wide else 2 ** (self.activation_bits - 1)
+        of_weight = 2 ** (self.bits - 1) if self.zero_point is None else 2**self.bits - 1
+        return count * of_input * of_weight < 2**31
+
     @property
     def of_codes(self) -> bool:
         """Whether the values are integers, be it numbers or places in a table."""

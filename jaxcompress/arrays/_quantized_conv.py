@@ -1,6 +1,7 @@
 """Convolutions with `Quantized` kernels: as products with them, the scale taken out."""
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def _conv(x: ArrayLike, w: Quantized, **params: Any) -> Any:
             return tiled_outputs(convolve, w, out_axis, numbers.out_spec[1])
         return convolve(w)
 
-    if not w.as_integers:
+    if not w.sums_as_integers(math.prod(w.shape) // w.shape[out_axis]):
         # a GPU's kernels take a weight as an array, and what is scaled behind them is written a second time
         return lax.platform_dependent(
             x, w, cuda=scaled_before, default=lambda x, w: (floats(x, w) * scale).astype(out_dtype)

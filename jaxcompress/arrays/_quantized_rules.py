@@ -16,6 +16,7 @@ they are those of the product with floats.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -97,18 +98,20 @@ def _dot_scaled_inputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
 
 def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
+    as_integers = w.sums_as_integers(math.prod(w.shape[axis] for axis in dims.w_contract))
+
     def after() -> Array:
         spread = w.spread(w.steps)
         scale = along_output(spread, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
         floats = functools.partial(_dot_tiles, dims=dims, params=params)
-        if not w.as_integers:
+        if not as_integers:
             return floats(x, w) * scale
         return derived_from(floats, functools.partial(_dot_codes, dims=dims, params=params), x, w) * scale
 
     def before() -> Array:
         return _dot_columns_scaled(rounded_input(x, w, dims), w, dims, params)
 
-    exact = w.as_integers or x.dtype != jnp.float32  # few digits hold integers, but not integers times a scale
+    exact = as_integers or x.dtype != jnp.float32  # few digits hold integers, but not integers times a scale
     if exact or is_tiled(x, w, dims) or suits(x, w, dims) or jax.device_count() > 1:
         return after()
     # XLA:CPU writes a small weight out in any case, and does so faster if it scales it too
@@ -153,7 +156,9 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
         return row_twice(product, codes, dims) * _along_weight(step, dims, w.ndim)
 
-    return derived_from(floats, integers, x, w) if w.as_integers else floats(x, w)
+    assert w.group is not None
+    in_a_group = w.group[1] * math.prod(w.shape[axis] for axis in dims.w_contract if axis != w.group[0] + w.ndim)
+    return derived_from(floats, integers, x, w) if w.sums_as_integers(in_a_group) else floats(x, w)
 
 
 def _dot_groups_whole(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:

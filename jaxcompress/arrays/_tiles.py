@@ -99,7 +99,8 @@ def is_tiled(x: Array, w: Tileable, dims: Dims) -> bool:
 def _plan_for(x: Array, w: Any, dims: Dims, depth: int) -> tuple[int, int, int, int] | None:
     count = dims.rows(x)
     count = count if isinstance(count, int) else FEW
-    size, apart = math.prod(w.shape), w.unit(len(w.shape) - 1)
+    size, unit = math.prod(w.shape), w.unit(len(w.shape) - 1)
+    apart = unit if unit <= 8 else 1  # more are a group, and no codes of a byte
     if size < (WORTH if count >= MANY else SMALL):
         return None
     # the codes of a byte are multiplied apart, and each part shall be a tile

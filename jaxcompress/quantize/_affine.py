@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress._numbers import integers, whole
@@ -143,11 +144,13 @@ def _grid(weight: Array, spec: Affine, spare: int = 0) -> tuple[Array, Array | N
     low, high = spec.limits
     weight = weight.astype(jnp.float32)
     if spec.symmetric:
-        return _step(_over_blocks(jnp.max, jnp.abs(weight), spec) / high), None
+        return _step(_over_blocks(jnp.max, jnp.abs(weight), spec) * np.float32(1 / high)), None
     smallest = jnp.minimum(_over_blocks(jnp.min, weight, spec), 0.0)
     largest = jnp.maximum(_over_blocks(jnp.max, weight, spec), 0.0)
     steps = high - low - spare
-    scale = _step(largest / steps - smallest / steps)  # apart, or a huge range overflows
+    # halves, or a huge range overflows; these are exact, so the step is the same inside jit, where operations are fused
+    # and a constant divides by its reciprocal, and outside
+    scale = _step((largest * 0.5 - smallest * 0.5) * np.float32(2 / steps))
     zero_point = (jnp.ceil if spare else jnp.round)(low - smallest / scale)
     return scale, jnp.clip(zero_point, low, high)
 

@@ -184,3 +184,14 @@ def test_kernels_with_a_zero_point_convolve_as_integers_too(groups: int) -> None
     out = jax.jit(compressed(convolve))(small, x)
     np.testing.assert_allclose(out, oracle, rtol=3e-7, atol=1e-7 * np.abs(oracle).max())
     assert "xi32>" in jax.jit(compressed(convolve)).lower(small, x).as_text()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_sums_that_int32_does_not_hold_are_added_up_in_floats(bits: int, symmetric: bool) -> None:
+    """An image of white pixels, flattened, meets weights of one sign: 150,528 times 127 times 127."""
+    n = 224 * 224 * 3
+    w = Affine(8, symmetric=symmetric, activation_bits=bits).convert(jnp.ones((n, 2)))
+    for rows in (1, 3):
+        got = jax.jit(compressed(jnp.dot))(jnp.ones((rows, n)), w)
+        np.testing.assert_allclose(got, np.full((rows, 2), float(n)), rtol=1e-4)

@@ -302,3 +302,12 @@ def test_no_float_copy_of_a_weight_that_tiles_do_not_divide(monkeypatch, n: int,
     compiled = jax.jit(compressed(jnp.dot)).lower(jax.ShapeDtypeStruct((1, n), jnp.float32), w).compile()
     assert not re.search(rf"(f32|f16|bf16|s16)\[{n},{m}\]", compiled.as_text())
     assert compiled.memory_analysis().temp_size_in_bytes < 0.06 * 4 * n * m
+
+
+def test_no_float_copy_where_groups_lie_along_the_outputs(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    n = 2048
+    w = jax.eval_shape(Affine(axes=(0,), group=(1, 64)).convert, jax.ShapeDtypeStruct((n, n), jnp.float32))
+    compiled = jax.jit(compressed(jnp.dot)).lower(jax.ShapeDtypeStruct((2, n), jnp.float32), w).compile()
+    assert not re.search(rf"f32\[{n},{n}\]", compiled.as_text())
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * 4 * n * n

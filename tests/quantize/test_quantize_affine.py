@@ -178,11 +178,13 @@ def test_fields_of_a_grid_are_integers():
 
 
 def test_the_grid_does_not_depend_on_jit():
-    w = jax.random.normal(jax.random.key(0), (17, 9))
-    for spec in (Affine(), Affine(4, group=(0, 5)), Affine(8, symmetric=False)):
+    w = jax.random.normal(jax.random.key(0), (256, 65))
+    specs = [Affine(), Affine(4, group=(0, 5)), Affine(8, symmetric=False), Affine(4, group=(0, 5), symmetric=False)]
+    for spec in (*specs, *(Affine(bits, axes=()) for bits in (3, 4, 5, 6, 7))):
         eager, jitted = quantize(w, spec), jax.jit(lambda w, spec=spec: quantize(w, spec))(w)
         assert isinstance(jitted, Quantized)
         jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+        np.testing.assert_array_equal(jax.jit(lambda w, spec=spec: fake_quantize(w, spec))(w), eager.materialise())
 
 
 @pytest.mark.parametrize("spec", [Affine(2), Affine(3, symmetric=False), Affine(4, group=(0, 4), symmetric=False)])
