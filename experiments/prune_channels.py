@@ -91,6 +91,11 @@ def scores_of(network: Network, variables: Variables, config: Config, seed: int)
     }
 
 
+def together(name: str) -> str:
+    """The row of a score that ranks all layers together."""
+    return f"{name}, all layers together"
+
+
 class Bench:
     """The network of an experiment, its cuts, and what is measured of them."""
 
@@ -115,12 +120,12 @@ class Bench:
         what = f"whole, seed {seed}" + ("" if stop is None else f", epoch {stop}")
         return self.room.trained(what, self.model, lambda: self._full(self.network, self.first(seed), seed, stop=stop))
 
-    def slim(self, seed: int) -> Variables:
-        """The whole network, trained under the penalty on scales."""
+    def slim(self, seed: int, stop: int | None = None) -> Variables:
+        """The whole network, trained under the penalty on scales; or as it was after so many epochs."""
         penalty = self._penalty()
-        what = f"slimmed, seed {seed}"
+        what = f"slimmed, seed {seed}" + ("" if stop is None else f", epoch {stop}")
         return self.room.trained(
-            what, self.model, lambda: self._full(self.network, self.first(seed), seed, penalty=penalty)
+            what, self.model, lambda: self._full(self.network, self.first(seed), seed, penalty=penalty, stop=stop)
         )
 
     def _penalty(self) -> Any:
@@ -143,6 +148,18 @@ class Bench:
         """To a share of the operations."""
         return channels.plan(network.groups, scores, flops=share, scope=scope, normalize=normal)
 
+    def local(self, name: str, seed: int) -> channels.Plan:
+        """The cut by a score, each group losing the same share."""
+        return self.plan(self.network, self._scores(name, seed), self.config.flops)
+
+    def together(self, name: str, seed: int) -> channels.Plan:
+        """The cut by a score that ranks all layers together."""
+        normal = "mean" if name in ("l1", "l2") else None
+        return self.plan(self.network, self._scores(name, seed), self.config.flops, "global", normal)
+
+    def _scores(self, name: str, seed: int) -> Scores:
+        return scores_of(self.network, self.dense(seed), self.config, seed)[name]()
+
     def size(self, network: Network) -> dict[str, float]:
         """What is left, in per cent."""
         return {
@@ -154,17 +171,12 @@ class Bench:
         """Each score's cut: at once, fine-tuned, distilled."""
         dense, rows = self.dense(seed), []
         named = scores_of(self.network, dense, self.config, seed)
-        arms: list[tuple[str, str, str | None]] = [
-            (name, "local", None) for name in named if name != "lamp"
-        ]  # within a group lamp ranks as L2 does
-        arms += [(name, "global", "mean" if name in ("l1", "l2") else None) for name in self.config.wide]
-        for name, scope, normal in arms:
-            title = name if scope == "local" else f"{name}, all layers together"
+        plans = {name: partial(self.local, name, seed) for name in named if name != "lamp"}  # it ranks as L2 does there
+        plans |= {together(name): partial(self.together, name, seed) for name in self.config.wide}
+        for title, plan in plans.items():
 
-            def measure(name: str = name, scope: str = scope, normal: Any = normal, title: str = title) -> Any:
-                network, cut = self.network.cut(
-                    self.plan(self.network, named[name](), self.config.flops, scope, normal), dense
-                )
+            def measure(title: str = title, plan: Any = plan) -> Any:
+                network, cut = self.network.cut(plan(), dense)
                 where = f"{title}, seed {seed}"
                 return {
                     "at_once": self.test(f"{where}, at once", network, cut),
@@ -194,39 +206,43 @@ class Bench:
             figures = self.room.kept(f"{name}, seed {seed}", measured)
             rows.append((name, seed, {**figures, "epochs": before + of_cut * figures["flops"] / 100}))
 
-        def planned(name: str) -> Any:
-            return self.plan(self.network, scores_of(self.network, dense, c, seed)[name](), c.flops)
+        def rewound(title: str, plan: channels.Plan, early: Variables) -> None:
+            small = self.network.smaller(plan)
+            row(f"{title}, rewound to epoch {c.rewind}, trained again", c.epochs, c.epochs,
+                lambda: (small, self._full(small, plan.apply(early), seed)))  # fmt: skip
 
-        def rewound(name: str) -> tuple[Network, Variables]:
-            return network, self._full(network, planned(name).apply(self.dense(seed, c.rewind)), seed)
+        def from_random(title: str, plan: channels.Plan) -> None:
+            small, fresh = self.network.smaller(plan), drawn_for(self.first(2000 + seed), plan)
+            longer = round(100 * c.epochs / self.size(small)["flops"])
+            row(f"{title}random weights, same epochs", 0, c.epochs, lambda: (small, self._full(small, fresh, seed)))
+            row(f"{title}random weights, same operations", 0, longer,
+                lambda: (small, self._full(small, fresh, seed, epochs=longer)))  # fmt: skip
+
+        def fine_tuned(title: str, size: Mapping[str, float]) -> None:
+            epochs = c.epochs + c.tune_epochs * size["flops"] / 100
+            rows.append((f"{title}, fine-tuned", seed, {"accuracy": tuned[title], **size, "epochs": epochs}))
 
         row("not cut", c.epochs, 0, lambda: (self.network, dense))
-        uniform = planned("l1")
-        network = self.network.smaller(uniform)
-        size = self.size(network)
-        tuning, longer = c.epochs + c.tune_epochs * size["flops"] / 100, round(100 * c.epochs / size["flops"])
+        uniform, early = self.local("l1", seed), self.dense(seed, c.rewind)
         for name in c.rewound:
-            rows.append((f"{name}, fine-tuned", seed, {"accuracy": tuned[name], **size, "epochs": tuning}))
+            fine_tuned(name, self.size(self.network.smaller(uniform)))
         row(f"l1 in {c.rounds} rounds, fine-tuned", c.epochs, c.tune_epochs, lambda: self.in_rounds(dense, seed))
         for name in c.rewound:
-            row(
-                f"{name}, rewound to epoch {c.rewind}, trained again",
-                c.epochs,
-                c.epochs,
-                partial(rewound, name),
-            )
-        fresh = drawn_for(self.first(2000 + seed), uniform)
-        row("random weights, same epochs", 0, c.epochs, lambda: (network, self._full(network, fresh, seed)))
-        row("random weights, same operations", 0, longer,
-            lambda: (network, self._full(network, fresh, seed, epochs=longer)))  # fmt: skip
+            rewound(name, self.local(name, seed), early)
+        from_random("", uniform)  # every score leaves the same widths
+        for name in c.wide:
+            title, plan = together(name), self.together(name, seed)
+            fine_tuned(title, self.size(self.network.smaller(plan)))
+            rewound(title, plan, early)
+            from_random(f"{title}: its architecture, ", plan)
         slim = self.slim(seed)
         row("slimming, not cut", c.epochs, 0, lambda: (self.network, slim))
         plan = self.plan(self.network, channels.scale(self.network.groups, slim, "scale$"), c.flops, "global")
         small, cut = self.network.cut(plan, slim)
         row("slimming, cut", c.epochs, 0, lambda: (small, cut))
         row("slimming, cut, fine-tuned", c.epochs, c.tune_epochs, lambda: (small, self.tuned(small, cut, seed)))
-        row("slimming's architecture, random weights, same epochs", 0, c.epochs,
-            lambda: (small, self._full(small, drawn_for(self.first(2000 + seed), plan), seed)))  # fmt: skip
+        rewound("slimming", plan, self.slim(seed, c.rewind))
+        from_random("slimming: its architecture, ", plan)
         return rows
 
     def in_rounds(self, dense: Variables, seed: int) -> tuple[Network, Variables]:
@@ -289,7 +305,7 @@ def main(config: Config) -> tuple[_results.Result, _results.Result]:
         **shared,
     )
     where = f"{network}, {c.data}"
-    rewound = f"l1, rewound to epoch {c.rewind}, trained again"
+    rewound = f"rewound to epoch {c.rewind}, trained again"
     second = room.result(
         name=f"prune_channels_beside_{c.data}",
         title=f"What a cut network is to be judged by: {network} on {c.data}",
@@ -304,16 +320,18 @@ def main(config: Config) -> tuple[_results.Result, _results.Result]:
         pairs=[
             ("accuracy", "random weights, same epochs", "l1, fine-tuned"),
             ("accuracy", "random weights, same operations", "l1, fine-tuned"),
-            ("accuracy", rewound, "random weights, same epochs"),
+            ("accuracy", f"l1, {rewound}", "random weights, same epochs"),
             ("accuracy", "slimming, cut, fine-tuned", "l1, fine-tuned"),
+            ("accuracy", "slimming: its architecture, random weights, same operations", "slimming, cut, fine-tuned"),
+            ("accuracy", f"slimming, {rewound}", "slimming, cut, fine-tuned"),
         ]
         if c.seeds > 1 and "l1" in c.rewound
         else [],
         notes=[
             ways,
             f"Random weights are drawn as for a network of these widths; rewound ones are those of epoch {c.rewind} of"
-            " the whole network's training. Both are trained along the whole training's schedule; `same operations` has"
-            " as many epochs more as an epoch is cheaper. Slimming: an L1 penalty of"
+            " the whole network's training, for slimming under the penalty. Both are trained along the whole training's"
+            " schedule; `same operations` has as many epochs more as an epoch is cheaper. Slimming: an L1 penalty of"
             f" {c.strength:g} on all scales that channels pass, cut by the scales of all layers together.",
         ],
         **shared,

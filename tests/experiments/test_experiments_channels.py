@@ -81,7 +81,7 @@ def test_channels(tmp_path):
     config = dataclasses.replace(prune_channels.SHORT, out=tmp_path, resume=tmp_path / "kept")
     first, second = prune_channels.main(config)
     scores, beside = checked(first, tmp_path), checked(second, tmp_path)
-    assert len(scores) == 10 and len(beside) == 10
+    assert len(scores) == 10 and len(beside) == 16
     assert all(row["flops"].mean <= 50 for row in scores.values())
     assert beside["not cut"]["flops"].mean == 100 and beside["not cut"]["epochs"].mean == config.epochs
     assert beside["l1, fine-tuned"]["accuracy"].mean == scores["l1"]["tuned"].mean
