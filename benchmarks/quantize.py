@@ -12,6 +12,7 @@ import optax
 from benchmarks import _mlp
 from benchmarks._harness import Figure, Figures, Stepper, benchmark, compiled_bytes, faster, paired
 from jaxcompress import compressed, nbytes, quantize
+from jaxcompress.arrays import Quantized
 
 INT8 = quantize.Affine(bits=8, activation_bits=8)
 
@@ -74,11 +75,14 @@ SIZE, ROWS = 4096, (1, 4, 16, 128)
 
 
 def _products(
-    scheme: Any, rounds: int, outputs_first: bool = False, product: Callable[..., jax.Array] = jnp.dot
+    scheme: Any,
+    rounds: int,
+    product: Callable[..., jax.Array] = jnp.dot,
+    finish: Callable[[Quantized], Quantized] = lambda w: w,
 ) -> dict[str, Figure]:
     """`x @ w` with the compressed weight against the float32 one, for few rows of x; and the compiled temporaries."""
     weight = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / 64
-    small = scheme.convert(weight).outputs_first() if outputs_first else scheme.convert(weight)
+    small = finish(scheme.convert(weight))
     figures = {}
     for rows in ROWS:
         x = jax.random.normal(jax.random.key(1), (rows, SIZE))
@@ -123,14 +127,22 @@ def weight_only(rounds: int) -> Figures:
 
 @benchmark("quantize.integer")
 def integer(rounds: int) -> Figures:
-    """The same with inputs in int8 too, as products of integers; of weights in int8, in int4, and in groups."""
+    """The same with inputs in int8 too, as products of integers; of weights in int8, in int4, and in groups.
+
+    `int8_static`: by a grid of the inputs with a zero point, known beforehand; `int8_16`: inputs in int16.
+    """
     four = dataclasses.replace(INT8, bits=4)
     in_groups = {
         f"{name}_groups": dataclasses.replace(s, group=(0, 128)) for name, s in (("int8", INT8), ("int4", four))
     }
-    others = {"int4": four, **in_groups}
+    others = {"int4": four, **in_groups, "int8_16": dataclasses.replace(INT8, activation_bits=16)}
     found = {f"{name}.{rows}": f for name, scheme in others.items() for rows, f in _products(scheme, rounds).items()}
-    return {**_products(INT8, rounds), **found}
+    known = {f"int8_static.{rows}": f for rows, f in _products(INT8, rounds, finish=_with_known_grid).items()}
+    return {**_products(INT8, rounds), **found, **known}
+
+
+def _with_known_grid(w: Quantized) -> Quantized:
+    return quantize.static({"w": w}, {"w": quantize.Range(np.array(-3.0), np.array(5.0))})["w"]
 
 
 @benchmark("quantize.tied")
@@ -151,5 +163,5 @@ def outputs_first(rounds: int) -> Figures:
     return {
         f"{name}.{rows}": figure
         for name, scheme in schemes.items()
-        for rows, figure in _products(scheme, rounds, outputs_first=True).items()
+        for rows, figure in _products(scheme, rounds, finish=Quantized.outputs_first).items()
     }

@@ -7,7 +7,7 @@ are added up.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,25 +74,33 @@ def _in_pieces(x: Array, w: Array, dims: Dims, size: int) -> Array:
     return jnp.sum(sums, axis=0, dtype=jnp.int32)
 
 
-def exact(codes: Array, zero: Array | None, product: Any, weight_sums: Any) -> Array:
-    """`product(codes) - zero * weight_sums()`, in float32, from exact sums of products of int8.
+Products = Callable[[list[Array], bool], tuple[list[Array], Any]]
+"""`(parts, also) -> (products, sums)`: of each int8 part with a weight's codes, int32; and, where `also`, of ones."""
+
+
+def exact(codes: Array, zero: Array | None, products: Products) -> Array:
+    """The product of `codes - zero` with a weight's, in float32, from exact sums of products of int8.
 
     Args:
       codes: int8 or int16.
       zero: the inputs' zero point, along the output.
-      product: of int8 codes with the weight's, int32.
-      weight_sums: the product of ones.
+      products: of int8 codes with the weight's.
     """
     zero = None if zero is None else zero.astype(jnp.int32)
     if codes.dtype == jnp.int8:
-        sums = product(codes) if zero is None else product(codes) - zero * weight_sums()
-        return sums.astype(jnp.float32)
+        (sums,), of_ones = products([codes], zero is not None)
+        return (sums if zero is None else sums - zero * of_ones).astype(jnp.float32)
     # 16 bits are two times 8, the lower ones moved to where they are signed; the zero point likewise, or its product
     # with the weights' sum would leave int32
     high, low = (codes >> 8).astype(jnp.int8), ((codes & 255) - 128).astype(jnp.int8)
-    of_ones = weight_sums()
+    (upper, lower), of_ones = products([high, low], True)
     if zero is None:
-        upper, lower = product(high), product(low) + 128 * of_ones
+        lower = lower + 128 * of_ones
     else:
-        upper, lower = product(high) - (zero >> 8) * of_ones, product(low) + (128 - (zero & 255)) * of_ones
+        upper, lower = upper - (zero >> 8) * of_ones, lower + (128 - (zero & 255)) * of_ones
     return upper.astype(jnp.float32) * 256 + lower.astype(jnp.float32)
+
+
+def one_by_one(product: Callable[[Array], Array], weight_sums: Callable[[], Array]) -> Products:
+    """A product for each part; `weight_sums()` is that of ones."""
+    return lambda parts, also: ([product(part) for part in parts], weight_sums() if also else None)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.arrays._integers import exact
+from jaxcompress.arrays._integers import exact, one_by_one
 from jaxcompress.arrays._leaf import Otherwise, register
 from jaxcompress.arrays._products import Dims, compute_dtype, derived_from, is_float
 from jaxcompress.arrays._quantized import Quantized
@@ -88,7 +88,7 @@ def _conv_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> A
         centred = codes.astype(number) if zero is None else codes.astype(number) - zero
         return lax.conv_general_dilated_p.bind(centred, w.centred(number), **params | whole)
 
-    sums_of = functools.partial(exact, codes, zero, integers, weight_sums)
+    sums_of = functools.partial(exact, codes, zero, one_by_one(integers, weight_sums))
     if zero is None and w.zero_point is None and codes.dtype == jnp.int8:
         sums = sums_of()
     else:  # a GPU's kernels for integers give nothing but the product of two int8

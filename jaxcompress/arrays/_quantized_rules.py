@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxcompress.arrays._digits import (
+    as_rows,
     by_digits,
     groups_by_codes,
     groups_by_digits,
@@ -33,7 +34,7 @@ from jaxcompress.arrays._digits import (
     suits,
 )
 from jaxcompress.arrays._gpu import LEAST, row_twice
-from jaxcompress.arrays._integers import beats_bytes, exact, multiply_integers
+from jaxcompress.arrays._integers import Products, beats_bytes, exact, multiply_integers, one_by_one
 from jaxcompress.arrays._lanes import LARGE
 from jaxcompress.arrays._leaf import Otherwise
 from jaxcompress.arrays._products import (
@@ -205,15 +206,19 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_i
 
 def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """The product of integers, scaled by the inputs' steps."""
-    product = functools.partial(_dot_floats, dims=dims, params=params)
-    middle = None if w.zero_point is None else _middle(w.spread(w.zero_point), dims, x.ndim)
+    zero_points = None if w.zero_point is None else w.spread(w.zero_point)
     centred, w = functools.partial(w.centred, jnp.int16), dataclasses.replace(w, zero_point=None)
 
-    def integers(codes: Array) -> Array:
-        sums = anywhere(codes) if w.bits == 8 else row_twice(anywhere, codes, dims)
-        return sums if middle is None else sums - middle * _row_sums(codes, dims, w.ndim)
+    def integers(codes: Array, dims: Dims = dims) -> Array:
+        some = functools.partial(anywhere, dims=dims)
+        sums = some(codes) if w.bits == 8 else row_twice(some, codes, dims)
+        if zero_points is None:
+            return sums
+        return sums - _middle(zero_points, dims, codes.ndim) * _row_sums(codes, dims, w.ndim)
 
-    def anywhere(codes: Array) -> Array:
+    def anywhere(codes: Array, dims: Dims) -> Array:
+        product = functools.partial(_dot_floats, dims=dims, params=params)
+
         def whole() -> Array:
             return by_columns(lambda x, w: _dot_integers(x, w.codes(), dims, params), codes, w, dims)
 
@@ -235,14 +240,30 @@ def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Ar
             decode=_centred,
         )
 
+    def together(parts: list[Array], also: bool) -> tuple[list[Array], Any]:
+        """As rows of one product, which reads the weight once; XLA:CPU would widen it whole to add it up."""
+        rows, outer = [as_rows(part, dims) for part in parts], [x.shape[axis] for axis in dims.x_free(x.ndim)]
+        ones = jnp.ones((int(also), rows[0].shape[1]), jnp.int8)
+        out = integers(jnp.concatenate([*rows, ones]), Dims((1,), dims.w_contract, (), ()))
+        sums, of_ones = jnp.split(out[: len(parts) * len(rows[0])], len(parts)), out[len(parts) * len(rows[0]) :]
+        outputs = out.shape[1:]
+        return [part.reshape(*outer, *outputs) for part in sums], of_ones.reshape(*[1] * len(outer), *outputs)
+
     codes, step, zero = input_codes(x, w, dims)
-    sums = _summed(codes, zero, integers, lambda: _weight_sums(centred(), dims, x.ndim), dims, w.ndim)
+    of_codes = functools.partial(_exact, codes, zero, dims=dims, w_ndim=w.ndim)
+    apart = one_by_one(integers, lambda: _weight_sums(centred(), dims, x.ndim))
+    several = codes.dtype != jnp.int8 or zero is not None
+    plain = len(dims.w_contract) == 1 and not dims.w_batch and params.get("out_sharding") is None
+    if several and plain and jax.device_count() == 1 and isinstance(dims.rows(x), int):  # it may be a symbol
+        sums = lax.platform_dependent(cpu=lambda: of_codes(together), default=lambda: of_codes(apart))
+    else:
+        sums = of_codes(apart)
     return sums * _along_weight(step, dims, w.ndim)
 
 
-def _summed(codes: Array, zero: Array | None, product: Any, weight_sums: Any, dims: Dims, w_ndim: int) -> Array:
+def _exact(codes: Array, zero: Array | None, products: Products, dims: Dims, w_ndim: int) -> Array:
     """The product of `codes - zero` with the weight's integers, as floats."""
-    return exact(codes, None if zero is None else _along_weight(zero, dims, w_ndim), product, weight_sums)
+    return exact(codes, None if zero is None else _along_weight(zero, dims, w_ndim), products)
 
 
 def _middle(zero_point: Array, dims: Dims, x_ndim: int) -> Array:
@@ -328,14 +349,8 @@ def _dot_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], zero
             sums = _dot_integers(x, codes, grouped, params)
             return sums if middle is None else sums - middle * _row_sums(x, grouped, codes.ndim)
 
-        product = _summed(
-            x,
-            zero,
-            integers,
-            lambda: _weight_sums(of_weight(jnp.int16), grouped, x.ndim),
-            grouped,
-            codes.ndim,
-        )
+        products = one_by_one(integers, lambda: _weight_sums(of_weight(jnp.int16), grouped, x.ndim))
+        product = _exact(x, zero, products, grouped, codes.ndim)
     return jnp.sum(product * laid, axis=len(dims.w_batch))
 
 

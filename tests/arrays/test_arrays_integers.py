@@ -1,6 +1,8 @@
 """Products of int8 with int8 on a single CPU, and small weights: exact or as near as floats, and in the quick form."""
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from jax import export, lax
 
 from jaxcompress import compressed
-from jaxcompress.arrays import _integers
+from jaxcompress.arrays import Quantized, _integers
 from jaxcompress.arrays._integers import multiply_integers
 from jaxcompress.arrays._products import Dims
 from jaxcompress.quantize import Affine, Range, convert, quantize, static
@@ -82,11 +84,33 @@ def test_any_number_of_rows_is_exported_whole() -> None:
     np.testing.assert_array_equal(program.call(codes.astype(np.int8)), codes @ np.asarray(w, np.int64))
 
 
+def known(w: Any, step: float, zero: float) -> Any:
+    """The weight with a grid of the inputs that is known beforehand."""
+    grid = {"input_scale": step, "input_zero_point": zero}
+    return dataclasses.replace(w, **{name: jnp.full([1] * w.ndim, number) for name, number in grid.items()})
+
+
+@pytest.mark.parametrize("spec", [Affine(), Affine(symmetric=False), Affine(4, symmetric=False)])
+@pytest.mark.parametrize("bits, zero", [(8, 0), (8, -7), (16, 0), (16, -777)])
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3)])
+def test_what_takes_several_products_is_exact(rng: Any, spec: Affine, bits: int, zero: int, lead: tuple) -> None:
+    """Zero points of the inputs, and inputs of 16 bits: whole numbers that float32 holds, scaled by powers of two."""
+    codes = rng.integers(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1), (64, 3, 8))
+    zeros = None if spec.symmetric else jnp.asarray(rng.integers(-8, 8, (1, 3, 8)), jnp.int8)
+    w = Quantized.from_codes(jnp.asarray(codes), jnp.full((1, 3, 8), 0.25), zeros, bits=spec.bits, activation_bits=bits)
+    x = rng.integers(-100, 100, (*lead, 64)).astype(np.float32) / 2
+    run = jax.jit(compressed(lambda x, w: jnp.tensordot(x, w, 1), strict=True))
+    wanted = np.tensordot(x, (codes - (0 if zeros is None else np.asarray(zeros, int))) / 4, 1)
+    np.testing.assert_array_equal(run(jnp.asarray(x), known(w, 0.5, zero)), wanted)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
-def test_8_bit_inputs_meet_no_wider_weight(rows: int) -> None:
+@pytest.mark.parametrize("bits, zero", [(8, None), (8, -7), (16, None), (16, 77)])
+def test_integer_inputs_meet_no_wider_weight(rows: int, bits: int, zero: int | None) -> None:
     """Compiled: no copy of the weight, of whatever dtype, and temporaries of a twentieth of its codes."""
     n, columns = 2048, 1024
-    w = jax.eval_shape(Affine(activation_bits=8).convert, jax.ShapeDtypeStruct((n, columns), jnp.float32))
+    w = jax.eval_shape(Affine(activation_bits=bits).convert, jax.ShapeDtypeStruct((n, columns), jnp.float32))
+    w = w if zero is None else jax.eval_shape(lambda w: known(w, 0.1, zero), w)
     x = jax.ShapeDtypeStruct((rows, n), jnp.float32)
     compiled = jax.jit(compressed(jnp.dot, strict=True)).lower(x, w).compile()
     assert not re.search(rf"(f32|s32|s16|bf16)\[({n},{columns}|4,{n // 4},{columns})\]", compiled.as_text())
