@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxcompress.arrays import Leaf, compressed, register
+from jaxcompress.arrays import Leaf, Quantized, compressed, register
 from jaxcompress.arrays._inputs import to_small_floats
 from jaxcompress.arrays._products import ON_THE_WAY, Dims, along_output, register_product
 from jaxcompress.quantize._fake import FakeQuantized
@@ -36,6 +36,18 @@ class FloatProduct(Leaf):
         """The rounded weight."""
         return (self.values.astype(jnp.float32) * self.scale).astype(self.compute_dtype)
 
+    def alone(self) -> Quantized:
+        """The rounded weight, which leaves inputs as they are."""
+        return Quantized(
+            values=self.values,
+            scale=self.scale,
+            zero_point=None,
+            bits=8,
+            length=None,
+            compute_dtype="float32",
+            strict=self.strict,
+        )
+
     def view(self) -> FakeQuantized:
         """As it is in training, which does the same wherever a weight may stand."""
         return FakeQuantized(self.materialise(), self.input_dtype)
@@ -48,16 +60,19 @@ def _dot(x: Array, w: FloatProduct, dims: Dims, params: dict[str, Any]) -> Any:
         return compressed(dot)(x, w.view())
     codes, step = to_small_floats(x, w.input_dtype, (*dims.x_batch, *dims.x_free(x.ndim)))
 
-    def product(codes: Array, values: Array) -> Array:
+    def product(codes: Array, values: Any) -> Array:
         return lax.dot_general(codes, values, dims.numbers, preferred_element_type=jnp.float32)
 
-    def as_numbers(codes: Array, values: Array) -> Array:
-        return product(codes.astype(jnp.float32), values.astype(jnp.float32))
+    def scaled(codes: Array, w: FloatProduct) -> Array:
+        scale = along_output(w.scale, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
+        return product(codes, w.values) * scale
 
-    sums = lax.platform_dependent(codes, w.values, cpu=as_numbers, default=product)
+    def as_numbers(codes: Array, w: FloatProduct) -> Array:
+        return compressed(product)(codes.astype(jnp.float32), w.alone())
+
+    sums = lax.platform_dependent(codes, w, cpu=as_numbers, default=scaled)
     step = along_output(step, dims.x_contract, dims.x_batch, before=0, after=len(dims.w_free(w.ndim)))
-    scale = along_output(w.scale, dims.w_contract, dims.w_batch, before=len(dims.x_free(x.ndim)), after=0)
-    return (sums * step * scale).astype(params["preferred_element_type"] or x.dtype)
+    return (sums * step).astype(params["preferred_element_type"] or x.dtype)
 
 
 def _varies(scale: Array, axes: Sequence[int]) -> bool:

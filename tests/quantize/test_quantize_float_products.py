@@ -100,3 +100,11 @@ def test_the_codes_are_watched_and_bad_types_refused():
         Floats("bfloat16", inputs="float8_e4m3fn")
     with pytest.raises(ValueError, match="got 'int8' for weights in float8_e4m3fn"):
         Floats(inputs="int8")
+
+
+def test_no_whole_weight_of_floats_is_written_out_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    n = 1024
+    w = Floats("float8_e4m3fn", inputs="float8_e4m3fn").convert(jax.random.normal(jax.random.key(0), (n, 4 * n)))
+    compiled = jax.jit(compressed(jnp.dot, strict=True)).lower(jnp.ones((1, n)), w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * 4 * w.size
