@@ -50,8 +50,13 @@ def unpack_signed(packed: Array, bits: int, length: int) -> Int8[Array, "*lead n
 
 def signed_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[Int8[Array, "*lead bytes"]]:
     """The first integer of each byte, the second of each, ...: what `unpack_signed` would interleave."""
+    return [signed_part(packed, bits, jnp.uint8(i * bits)) for i in range(8 // bits)]
+
+
+def signed_part(packed: UInt8[Array, "*shape"], bits: int, first: UInt8[Array, ""]) -> Int8[Array, "*shape"]:
+    """The integer that stands in each byte from the bit `first` on."""
     up = 8 - bits
-    return [(packed << (up - i * bits)).astype(jnp.int8) >> up for i in range(8 // bits)]
+    return (packed << (jnp.uint8(up) - first)).astype(jnp.int8) >> up
 
 
 def pack_indices(indices: UInt8[Array, "*lead n"], bits: int) -> UInt8[Array, "*lead bytes"]:
@@ -74,7 +79,12 @@ def unpack_indices(packed: UInt8[Array, "*lead bytes"], bits: int, length: int) 
 
 def index_parts(packed: UInt8[Array, "*lead bytes"], bits: int) -> list[UInt8[Array, "*lead bytes"]]:
     """The first integer of each byte, the second of each, ...: what `unpack_indices` interleaves."""
-    return [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
+    return [index_part(packed, bits, jnp.uint8(i * bits)) for i in range(8 // bits)]
+
+
+def index_part(packed: UInt8[Array, "*shape"], bits: int, first: UInt8[Array, ""]) -> UInt8[Array, "*shape"]:
+    """The index that stands in each byte from the bit `first` on."""
+    return (packed >> first) & jnp.uint8(2**bits - 1)
 
 
 def _places(bits: int) -> UInt8[Array, " a_byte"]:

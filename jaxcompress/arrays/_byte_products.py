@@ -22,12 +22,14 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Int8, Int32, UInt8
 
+from jaxcompress.arrays._bits import signed_part
+
 DEEP = (1 << 31) // (255 * 128)  # contracted weights whose products int32 can add up
 TILE = 64  # rows of a weight that are made signed at a time
 MANY = 256  # rows of the input; for so many it does better as the left operand, and the weight is made signed whole
 UNPACKED = 1 << 20  # codes of a packed weight that are unpacked at a time, so that the product finds them in a cache
 
-PartOf = Callable[[UInt8[Array, "*shape"], UInt8[Array, ""]], Int8[Array, "*shape"]]
+PartOf = Callable[[UInt8[Array, "*shape"], int, UInt8[Array, ""]], Int8[Array, "*shape"]]
 
 byte_dot_p = Primitive("byte_dot")
 
@@ -69,7 +71,7 @@ def integer_sums(
     flat = codes.reshape(-1, n)
     each = [slice(i * rows, (i + 1) * rows) for i in range(groups)]
     if bits < 8:
-        sums = packed_sums(flat, values, along, bits, functools.partial(_signed_part, bits=bits))
+        sums = packed_sums(flat, values, along, bits, signed_part)
         return [sums[group] for group in each]
     if values.dtype == jnp.uint8 and groups * rows >= MANY:
         values = moved(values)
@@ -111,7 +113,7 @@ def packed_sums(
       packed: along the last axis.
       along: the axis of `packed` that is contracted.
       bits: of a code.
-      part_of: `(bytes, bits) -> int8`, what stands in each byte from a bit on.
+      part_of: `(bytes, bits, first) -> int8`, what stands in each byte from a bit on.
     """
     a_byte, inputs = 8 // bits, with_ones(codes)
     depth, outputs = packed.shape[along], packed.shape[1 - along]  # codes, or bytes of them
@@ -121,7 +123,7 @@ def packed_sums(
 
     def part(start: Any, width: int, i: Any) -> Int32[Array, "rows columns"]:
         tile = lax.dynamic_slice_in_dim(packed, start, width, 1 - along)
-        numbers = part_of(tile, jnp.uint8(bits) * jnp.uint8(i))
+        numbers = part_of(tile, bits, jnp.uint8(bits) * jnp.uint8(i))
         return less_moves(byte_dot(inputs[:, i::a_byte] if along else inputs, numbers, along=along))
 
     def of(start: Any, width: int) -> Int32[Array, "rows columns"]:
@@ -139,11 +141,6 @@ def packed_sums(
     sums = jnp.moveaxis(sums.reshape(tiles, len(codes), -1), 0, 1).reshape(len(codes), -1)
     rest = outputs - tiles * width
     return jnp.concatenate([sums, of(tiles * width, rest)], axis=1) if rest else sums
-
-
-def _signed_part(packed: Array, first: Array, bits: int) -> Int8[Array, "*shape"]:
-    up = 8 - bits
-    return (packed << (jnp.uint8(up) - first)).astype(jnp.int8) >> up
 
 
 @functools.partial(jax.jit, static_argnames="along")

@@ -37,7 +37,7 @@ def is_laid_for_integers(x: Array, w: Quantized, dims: Dims) -> bool:
     if not plain or not dims.w_contract or jax.device_count() > 1:
         return False
     along, packed = _along(w, dims), w.bits < 8
-    if along is None or math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP:
+    if along is None or dims.depth(w.shape) > DEEP:
         return False
     if packed and (w.length is None or w.length % (8 // w.bits) or w.size < WORTH):
         return False
@@ -130,8 +130,7 @@ def _sums(codes: Int8[Array, "groups rows n"], w: Quantized, dims: Dims) -> list
     products = integer_sums(codes, w.values.reshape((-1, n * w.bits // 8) if along else (n, -1)), along, w.bits)
     if w.zero_point is None:
         return products
-    outputs = [1 if axis in dims.w_contract else size for axis, size in enumerate(w.shape)]
-    zero = jnp.broadcast_to(w.spread(w.zero_point).astype(jnp.int32), outputs).reshape(1, -1)
+    zero = jnp.broadcast_to(w.spread(w.zero_point).astype(jnp.int32), dims.outputs(w.shape)).reshape(1, -1)
     of_inputs = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32)
     return [sums - zero * of_input for sums, of_input in zip(products, of_inputs, strict=True)]
 

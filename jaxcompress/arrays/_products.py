@@ -57,6 +57,14 @@ class Dims(NamedTuple):
         """The weight's axes that stay."""
         return free_axes(ndim, self.w_contract, self.w_batch)
 
+    def depth(self, w_shape: Sequence[int]) -> int:
+        """How many products a sum has."""
+        return math.prod(w_shape[axis] for axis in self.w_contract)
+
+    def outputs(self, w_shape: Sequence[int]) -> list[int]:
+        """The weight's shape with 1 along what is contracted."""
+        return [1 if axis in self.w_contract else size for axis, size in enumerate(w_shape)]
+
     def rows(self, x: Array) -> int:
         """How many rows of input meet the weight; under jax.export it may be a symbol."""
         return math.prod(x.shape[axis] for axis in self.x_free(x.ndim))

@@ -16,7 +16,6 @@ they are those of the product with floats.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -99,7 +98,7 @@ def _dot_scaled_inputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
 
 
 def _dot_scaled_outputs(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
-    as_integers = w.sums_as_integers(math.prod(w.shape[axis] for axis in dims.w_contract))
+    as_integers = w.sums_as_integers(dims.depth(w.shape))
 
     def after() -> Array:
         spread = w.spread(w.steps)
@@ -158,7 +157,8 @@ def _dot_scaled_groups(x: Array, w: Quantized, dims: Dims, params: dict[str, Any
         return row_twice(product, codes, dims) * _along_weight(step, dims, w.ndim)
 
     assert w.group is not None
-    in_a_group = w.group[1] * math.prod(w.shape[axis] for axis in dims.w_contract if axis != w.group[0] + w.ndim)
+    axis, size = w.group
+    in_a_group = dims.depth([*w.shape[:axis], size, *w.shape[axis + w.ndim + 1 :]])
     return derived_from(floats, integers, x, w) if w.sums_as_integers(in_a_group) else floats(x, w)
 
 
@@ -206,15 +206,15 @@ def _dot_tiles(x: Array, w: Quantized, dims: Dims, params: dict[str, Any], per_i
 
 def _dot_codes(x: Array, w: Quantized, dims: Dims, params: dict[str, Any]) -> Array:
     """The product of integers, scaled by the inputs' steps."""
-    zero_points = None if w.zero_point is None else w.spread(w.zero_point)
+    middles = None if w.zero_point is None else w.spread(w.zero_point)
     centred, w = functools.partial(w.centred, jnp.int16), dataclasses.replace(w, zero_point=None)
 
     def integers(codes: Array, dims: Dims = dims) -> Array:
         some = functools.partial(anywhere, dims=dims)
         sums = some(codes) if w.bits == 8 else row_twice(some, codes, dims)
-        if zero_points is None:
+        if middles is None:
             return sums
-        return sums - _middle(zero_points, dims, codes.ndim) * _row_sums(codes, dims, w.ndim)
+        return sums - _middle(middles, dims, codes.ndim) * _row_sums(codes, dims, w.ndim)
 
     def anywhere(codes: Array, dims: Dims) -> Array:
         product = functools.partial(_dot_floats, dims=dims, params=params)

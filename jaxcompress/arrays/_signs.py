@@ -7,7 +7,6 @@ chosen for any weight.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, UInt8
 
+from jaxcompress.arrays._bits import index_part
 from jaxcompress.arrays._byte_products import DEEP, multiplies_bytes, packed_sums
 from jaxcompress.arrays._codebook import Codebook, values_of
 from jaxcompress.arrays._digits import FEW, as_output, as_rows, in_digits, is_narrow, matrix_axis, of_digits
@@ -33,8 +33,8 @@ def suits(x: Array, w: Codebook, dims: Dims) -> bool:
     shared = all(w.centroids.shape[axis] == 1 for axis in dims.w_contract)
     if not matrix or not shared or w.length % (8 // w.bits) or w.size < WORTH:
         return False
-    deep = math.prod(w.shape[axis] for axis in dims.w_contract) > DEEP
-    return not deep and is_narrow(x) and jax.device_count() == 1 and multiplies_bytes()
+    exact = dims.depth(w.shape) <= DEEP
+    return exact and is_narrow(x) and jax.device_count() == 1 and multiplies_bytes()
 
 
 def by_signs(x: Array, w: Codebook, dims: Dims) -> Float[Array, "*output"]:
@@ -45,11 +45,10 @@ def by_signs(x: Array, w: Codebook, dims: Dims) -> Float[Array, "*output"]:
     digits, n_rows, n = codes.shape
     packed = w.indices.reshape((-1, n * w.bits // 8) if along else (n, -1))
     values = values_of(w.centroids, w.keep_zeros).astype(jnp.float32)
-    values = jnp.broadcast_to(values, (*_outputs(w, dims), values.shape[-1])).reshape(1, -1, values.shape[-1])
+    values = jnp.broadcast_to(values, (*dims.outputs(w.shape), values.shape[-1])).reshape(1, -1, values.shape[-1])
 
     def product(signs: Any) -> Float[Array, "rows k"]:
-        part_of = functools.partial(_part, bits=w.bits, signs=signs)
-        sums = packed_sums(codes.reshape(-1, n), packed, along, w.bits, part_of)
+        sums = packed_sums(codes.reshape(-1, n), packed, along, w.bits, functools.partial(_part, signs=signs))
         return of_digits(sums.reshape(digits, n_rows, -1), largest)
 
     of_ones = of_digits(jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32), largest)
@@ -63,12 +62,8 @@ def by_signs(x: Array, w: Codebook, dims: Dims) -> Float[Array, "*output"]:
     return as_output(out, x, w, dims)
 
 
-def _outputs(w: Codebook, dims: Dims) -> list[int]:
-    return [1 if axis in dims.w_contract else size for axis, size in enumerate(w.shape)]
-
-
-def _part(packed: UInt8[Array, "*shape"], first: Array, bits: int, signs: Any) -> Int8[Array, "*shape"]:
-    return signs(((packed >> first) & jnp.uint8(2**bits - 1)).astype(jnp.int8))
+def _part(packed: UInt8[Array, "*shape"], bits: int, first: Array, signs: Any) -> Int8[Array, "*shape"]:
+    return signs(index_part(packed, bits, first).astype(jnp.int8))
 
 
 def _of_two(index: Int8[Array, "*shape"]) -> Int8[Array, "*shape"]:

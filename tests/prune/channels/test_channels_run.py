@@ -31,7 +31,9 @@ def test_transformations_and_other_batch_sizes():
     def loss(run, p):
         return (run(p, x) ** 2).sum()
 
-    gradients = lambda m, c: (jax.grad(lambda p: loss(fn, p))(m), jax.grad(lambda p: loss(small, p))(c))  # noqa: E731
+    def gradients(m, c):
+        return jax.grad(lambda p: loss(fn, p))(m), jax.grad(lambda p: loss(small, p))(c)
+
     of_mask, of_small = jax.jit(gradients)(masked, cut)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plan.apply(of_mask), of_small)
     hessian = jax.jit(lambda c: jax.jvp(jax.grad(lambda p: loss(small, p)), (c,), (c,))[1])(cut)
