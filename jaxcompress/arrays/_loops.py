@@ -84,8 +84,8 @@ def _cond(index: ArrayLike, *args: quax.ArrayValue | ArrayLike, branches: Sequen
     if any(differ):
 
         def agreed(outs: list[Any]) -> list[Any]:
-            outs = [_settled(lax.cond_p, out) for out in outs]
-            return [_as_array(lax.cond_p, x) if other else x for x, other in zip(outs, differ, strict=True)]
+            ways = [_as_array if other else _settled for other in differ]
+            return [way(lax.cond_p, out) for way, out in zip(ways, outs, strict=True)]
 
         found = traced(agreed)
     jaxprs, outs = tuple(jaxpr for jaxpr, _ in found), found[0][1]

@@ -21,7 +21,7 @@ from optax._src import base  # its message for a missing `params`, as every tran
 from jaxcompress import paths
 from jaxcompress._numbers import integers, real
 from jaxcompress.prune._patterns import Blocks
-from jaxcompress.prune._plan import flatten
+from jaxcompress.prune._plan import check_weight, flatten
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,7 @@ def _planned(rules: paths.Rules[Penalty | None], params: Any) -> list[Penalty | 
             continue
         if not isinstance(term, L1 | GroupLasso):
             raise ValueError(f"the rule for {name!r} gives {term!r}: want prune.L1(strength), GroupLasso or None")
-        if not hasattr(x, "dtype"):
-            raise ValueError(f"{name!r} is a {type(x).__name__}, no array: give it the rule None")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name!r} is {x.dtype}: only floating-point weights can be penalized")
+        check_weight(name, x, "penalized")
         try:
             term.check(x.shape)
         except ValueError as error:

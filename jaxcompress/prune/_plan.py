@@ -33,16 +33,21 @@ def plan_for(rules: paths.Rules[Any], params: Any, schedule: Schedule, allow_emp
     return [_layer(name, x, value, schedule, allow_empty) for (name, x), value in zip(named, values, strict=True)]
 
 
+def check_weight(name: str, x: Any, may_be: str) -> None:
+    """Raises ValueError for what is no array of real floating-point numbers; only such `may_be`."""
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"{name!r} is a {type(x).__name__}, no array: give it the rule None")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name!r} is {x.dtype}: only floating-point weights can be {may_be}")
+
+
 def _layer(name: str, x: Any, value: Any, schedule: Schedule, allow_empty: bool) -> Layer | None:
     if value is None:
         return None
     pattern = Unstructured(value) if isinstance(value, int | float) else value
     if not isinstance(pattern, Pattern):
         raise ValueError(f"the rule for {name!r} gives {value!r}: want a pattern, a sparsity in [0, 1), or None")
-    if not hasattr(x, "dtype"):
-        raise ValueError(f"{name!r} is a {type(x).__name__}, no array: give it the rule None")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name!r} is {x.dtype}: only floating-point weights can be pruned; give it the rule None")
+    check_weight(name, x, "pruned; give it the rule None")
     try:
         pattern.check(x.shape)
     except ValueError as error:
