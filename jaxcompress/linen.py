@@ -37,7 +37,7 @@ class FakeQuantized(nn.Module):
     """
 
     inner: nn.Module
-    rules: Rules[quantize.Affine | None]
+    rules: Rules[quantize.Scheme | None]
     ranges: Any = None
     fold: bool = False
 

@@ -139,7 +139,7 @@ class FakeQuantized(nnx.Module):
     def __init__(
         self,
         inner: nnx.Module,
-        rules: Rules[quantize.Affine | None],
+        rules: Rules[quantize.Scheme | None],
         ranges: Mapping[str, quantize.Range] | None = None,
         *,
         fold: bool = False,

@@ -166,7 +166,9 @@ def _by_block(weight: Any, axes: tuple[int, ...], cluster: Any, keep_zeros: bool
     """`cluster(values [n]) -> (centroids [k], indices [n])` of each block of the weight, put together."""
     dtype = check_float(weight).dtype
     if isinstance(weight, jax.core.Tracer):
-        raise TypeError("codebooks are made on the host: convert outside jit, of concrete weights")
+        raise TypeError(
+            "codebooks are made on the host: convert concrete weights, outside of jit and `fake`, and train the values"
+        )
     values = np.asarray(weight, np.float32)
     _check_axes(axes, values.ndim)
     own = sorted({axis % values.ndim for axis in axes})

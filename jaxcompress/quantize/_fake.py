@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 def fake(
     fn: Callable[P, R],
-    rules: Rules[Affine | Scheme | None],
+    rules: Rules[Scheme | None],
     ranges: Mapping[str, Range] | None = None,
     *,
     fold: bool = False,
@@ -41,8 +41,8 @@ def fake(
 
     Args:
       fn: a function whose first argument is a tree of parameters: a Linen module's `apply`, a loss.
-      rules: pairs of a path pattern and an `Affine`, or a `Scheme` that converts under jit (`Binary`, `Ternary`), or
-        `None`: leave alone. First match wins.
+      rules: pairs of a path pattern and a `Scheme`, or `None`: leave alone. First match wins. `KMeans` is none of them:
+        its values are made once, and trained as they are.
       ranges: of the inputs, from `input_ranges` with the same rules, as `static` takes them: what lies outside is
         clipped, and gets no gradient. Without, the inputs' steps are found as they come.
       fold: kernels with a normalisation behind them are rounded as they will be once it is folded into them (Jacob et
@@ -84,7 +84,7 @@ def fake(
     return run
 
 
-def _view(name: str, weight: Any, spec: Affine | Scheme | None, low_high: Range | None) -> Any:
+def _view(name: str, weight: Any, spec: Scheme | None, low_high: Range | None) -> Any:
     if spec is None:
         return weight
     try:
@@ -93,7 +93,7 @@ def _view(name: str, weight: Any, spec: Affine | Scheme | None, low_high: Range 
         raise named(error, name) from error
 
 
-def _rounded_view(name: str, weight: Any, spec: Affine | Scheme, low_high: Range | None) -> Any:
+def _rounded_view(name: str, weight: Any, spec: Scheme, low_high: Range | None) -> Any:
     check_scheme(spec)
     if is_leaf(weight):
         raise TypeError(

@@ -14,6 +14,7 @@ from jaxcompress.arrays import is_leaf
 from jaxcompress.calibrate import input_values
 from jaxcompress.paths import Rules, match, named_leaves
 from jaxcompress.quantize._affine import Affine
+from jaxcompress.quantize._convert import Scheme
 
 
 class Range(NamedTuple):
@@ -182,7 +183,7 @@ def input_ranges(
     fn: Callable[[Any, Any], Any],
     params: Any,
     batches: Iterable[Any],
-    rules: Rules[Affine | None],
+    rules: Rules[Scheme | None],
     method: Method = MinMax(),
     *,
     symmetric: bool = True,

@@ -421,3 +421,34 @@ def test_linen_rounds_modules_of_its_own_and_names_those_of_others(rng):
     (head,) = rounded["params"].values()
     expected = x @ head["dense"]["kernel"] + 1
     np.testing.assert_allclose(Outer(own=True).apply(variables, x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        quantize.Ternary(axes=(-1,)),
+        quantize.Binary(),
+        quantize.NF4(),
+        quantize.Floats("float8_e4m3fn", inputs="float8_e4m3fn"),
+    ],
+    ids=lambda scheme: type(scheme).__name__,
+)
+def test_wrappers_take_every_scheme(scheme, net):
+    model, variables, x = net
+    rules: tuple[tuple[str, quantize.Scheme], ...] = (("kernel$", scheme),)
+    expected = quantize.fake(model.apply, rules)(variables, x)
+    np.testing.assert_allclose(linen.FakeQuantized(model, rules).apply(variables, x), expected, rtol=1e-6)
+    converted = compressed(model.apply)(quantize.convert(variables, rules), x)
+    np.testing.assert_allclose(converted, expected, rtol=1e-4, atol=1e-4)
+    module = NnxNet(nnx.Rngs(0))
+    module.eval()
+    apply, params, rest = jaxcompress.nnx.functional(module)
+    expected, _ = quantize.fake(apply, rules)(params, rest, x)
+    np.testing.assert_allclose(jaxcompress.nnx.FakeQuantized(module, rules)(x), expected, rtol=1e-6)
+
+
+def test_codebooks_of_a_host_are_not_faked(net):
+    model, variables, x = net
+    faked = jax.jit(quantize.fake(model.apply, {"kernel$": quantize.KMeans(4)}))
+    with pytest.raises(TypeError, match=r"quantize '.*kernel': .*outside of jit and `fake`, and train the values"):
+        faked(variables, x)
