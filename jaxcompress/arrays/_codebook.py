@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxcompress.arrays._bits import are_integers, chosen, from_table, index_parts, pack_indices, unpack_indices
 from jaxcompress.arrays._leaf import Leaf
+from jaxcompress.arrays._products import like_part
 
 FUSED = 128  # centroids; of twice as many XLA for a TPU wrote the selects to memory, 25 GB of them
 IN_REGISTERS = 16  # centroids that a CPU holds there
@@ -67,7 +68,7 @@ class Codebook(Leaf):
         )
 
     def aval(self) -> ShapedArray:
-        return ShapedArray((*self.indices.shape[:-1], self.length), self.centroids.dtype)
+        return like_part((*self.indices.shape[:-1], self.length), self.centroids.dtype, self.indices)
 
     def materialise(self) -> Array:
         return look_up(self.centroids, self.codes(), self.keep_zeros)

@@ -10,6 +10,7 @@ from jax.core import ShapedArray
 from jaxtyping import Array
 
 from jaxcompress.arrays._leaf import Leaf, dense
+from jaxcompress.arrays._products import like_part
 
 Factor = Array | Leaf
 
@@ -76,7 +77,8 @@ class LowRank(Leaf):
             )
         sizes = {axis: ours[left.place[axis]] for axis in left.axes}
         sizes |= {axis: theirs[right.place[axis]] for axis in right.axes}
-        return ShapedArray((*ours[:n], *(sizes[axis] for axis in sorted(sizes))), self.left.dtype)
+        shape = (*ours[:n], *(sizes[axis] for axis in sorted(sizes)))
+        return like_part(shape, self.left.dtype, self.left, range(n))
 
     def materialise(self) -> Array:
         n, (left, right) = self.stacked, self.sides

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import primitives
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike
@@ -261,6 +262,22 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
     """How `x` is divided, if its mesh has explicit axes: then shapes and sums must say how their results are."""
     sharding = jax.typeof(x).sharding
     return sharding if sharding.mesh.explicit_axes else None
+
+
+def like_part(shape: tuple[int, ...], dtype: Any, part: Any, axes: Sequence[int] | None = None) -> ShapedArray:
+    """The type of a leaf, which along explicit axes of a mesh is divided as `part` is.
+
+    `axes` are the part's that are the leaf's first ones, in its order; by default all.
+    """
+    sharding = explicit_sharding(part) if isinstance(part, jax.Array) else None
+    if sharding is None:
+        return ShapedArray(shape, jnp.dtype(dtype))
+    entries = (*sharding.spec, *[None] * (len(part.shape) - len(sharding.spec)))
+    own = [entries[axis] for axis in (range(len(part.shape)) if axes is None else axes)]
+    spec = PartitionSpec(*own, *[None] * (len(shape) - len(own)))
+    return ShapedArray(
+        shape, jnp.dtype(dtype), sharding=sharding.update(spec=fitting(sharding.update(spec=spec), shape))
+    )
 
 
 def is_float(x: Any) -> bool:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -25,7 +24,7 @@ from jaxcompress.arrays._bits import (
 )
 from jaxcompress.arrays._byte_products import moved
 from jaxcompress.arrays._leaf import Leaf
-from jaxcompress.arrays._products import explicit_sharding, fitting
+from jaxcompress.arrays._products import explicit_sharding, like_part
 
 
 class Quantized(Leaf):
@@ -123,8 +122,9 @@ class Quantized(Leaf):
         )
 
     def aval(self) -> ShapedArray:
-        shape = self.values.shape if self.length is None else (*self.values.shape[:-1], self.length)
-        return like_part(_exchanged(shape) if self.turned else shape, self.compute_dtype, self.values, self.turned)
+        stored = self.values.shape if self.length is None else (*self.values.shape[:-1], self.length)
+        axes = self._stored_axes
+        return like_part(tuple(stored[axis] for axis in axes), self.compute_dtype, self.values, axes)
 
     def materialise(self) -> Array:
         return (self.centred(jnp.float32) * self.spread(self.steps)).astype(self.compute_dtype)
@@ -177,11 +177,21 @@ class Quantized(Leaf):
             self, values=self.codes().astype(jnp.int4 if self.bits == 4 else jnp.int2), length=None
         )
 
+    @property
+    def _stored_axes(self) -> list[int]:
+        """Where in `values` each axis lies."""
+        axes = list(range(len(self.values.shape)))
+        if self.turned:
+            axes[-2:] = axes[-1], axes[-2]
+        return axes
+
     def numbers(self, codes: Array, dtype: Any) -> Array:
         """What codes stand for, before the zero point and the scale."""
         if self.levels is None:
             return codes.astype(dtype) if self.of_codes else widened(codes, dtype)
         table, indices = jnp.asarray(self.levels, dtype), codes.astype(jnp.uint8) & (len(self.levels) - 1)
+        if explicit_sharding(codes) is not None:  # a lookup must say how it is divided, which a `vmap` outside knows
+            return chosen(table, indices)
         return lax.platform_dependent(table, indices, cpu=chosen, default=from_table)
 
     def centred(self, dtype: Any) -> Array:
@@ -244,7 +254,7 @@ class Quantized(Leaf):
         a_group = self.group[1] if self.group is not None and axis == self.group[0] + len(self.shape) else 1
         packed = self.length is not None and axis == len(self.shape) - 1
         a_byte = 8 // self.bits if packed else 1
-        stored = _exchanged(range(len(self.shape)))[axis] if self.turned else axis
+        stored = self._stored_axes[axis]
         values = _part(self.values, start // a_byte, -(-size // a_byte), stored)
 
         def steps(per_block: Array) -> Array:
@@ -280,22 +290,6 @@ class Quantized(Leaf):
             )
 
         return [column(codes, i) for i, codes in enumerate(signed_parts(self.values, self.bits))]
-
-
-def like_part(shape: tuple[int, ...], dtype: Any, part: Any, turned: bool) -> ShapedArray:
-    """The type of a leaf of which `part` has all axes: along explicit ones of a mesh it is divided as the part is."""
-    sharding = explicit_sharding(part) if isinstance(part, jax.Array) else None
-    if sharding is None:
-        return ShapedArray(shape, jnp.dtype(dtype))
-    axes = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
-    spec = jax.sharding.PartitionSpec(*_exchanged(axes) if turned else axes)
-    fits = fitting(sharding.update(spec=spec), shape)
-    return ShapedArray(shape, jnp.dtype(dtype), sharding=sharding.update(spec=fits))
-
-
-def _exchanged(axes: Sequence[int]) -> tuple[int, ...]:
-    *outer, first, second = axes
-    return *outer, second, first
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxcompress.arrays._bits import from_table, pack_bits, unpack_bits
 from jaxcompress.arrays._leaf import Leaf
+from jaxcompress.arrays._products import like_part
 
 
 class Sparse(Leaf):
@@ -60,7 +61,7 @@ class Sparse(Leaf):
         return cls(mask=pack_bits(mask), values=values, length=array.shape[-1])
 
     def aval(self) -> ShapedArray:
-        return ShapedArray((*self.mask.shape[:-1], self.length), self.values.dtype)
+        return like_part((*self.mask.shape[:-1], self.length), self.values.dtype, self.mask)
 
     def materialise(self) -> Array:
         bits = unpack_bits(self.mask, self.length)

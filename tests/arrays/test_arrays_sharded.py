@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from leaves import quantized, sparse
 
 from jaxcompress import quantize
-from jaxcompress.arrays import compressed
+from jaxcompress.arrays import LowRank, Sparse, compressed
 from jaxcompress.quantize import MX, NF4, Affine, KMeans
 
 
@@ -184,17 +184,32 @@ def test_a_cache_is_written_to_under_explicit_axes(rng):
     np.testing.assert_allclose(out.materialise(), expected.materialise(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", [Affine(8, axes=(0, -1)), Affine(4, axes=(0, -1), group=(1, 4))])
-def test_vmap_inside_under_explicit_axes(scheme, rng):
+STACKS = {
+    "int8": Affine(8, axes=(0, -1)).convert,
+    "groups": Affine(4, axes=(0, -1), group=(1, 4)).convert,
+    "outputs first": lambda w: Affine(8, axes=(0, -1)).convert(w).outputs_first(),
+    "nf4": NF4(group=(1, 4)).convert,
+    "mx": MX().convert,
+    "ternary": quantize.Ternary(axes=(0, -1)).convert,
+    "codebooks": KMeans(4, axes=(0,)).convert,
+    "sparse": lambda w: Sparse.from_dense(jnp.where(abs(w) > 1, w, 0), stacked=1),
+    "low rank": lambda w: LowRank.from_factors(w[..., :3], w[:, :3], left_axes=(1,), stacked=1),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_vmap_under_explicit_axes(name, rng):
     """JAX holds how the mapped axes are divided against each other, so a leaf's type says it as an array's does."""
-    on, w = mesh(AxisType.Explicit), scheme.convert(jnp.asarray(rng.normal(size=(4, 8, 6)), jnp.float32))
+    on, w = mesh(AxisType.Explicit), STACKS[name](jnp.asarray(rng.normal(size=(4, 8, 6)), jnp.float32))
     x = jnp.asarray(rng.normal(size=(4, 3, 8)), jnp.float32)
     with jax.set_mesh(on):
         w_on, x_on = (jax.tree.map(lambda part: jax.device_put(part, P("data")), tree) for tree in (w, x))
         assert jax.typeof(w_on.materialise()).sharding.spec == w_on.aval().sharding.spec == P("data", None, None)
-        out = jax.jit(compressed(jax.vmap(lambda x, w: x @ w), strict=True))(x_on, w_on)
-    assert jax.typeof(out).sharding.spec[0] == "data"
-    np.testing.assert_allclose(out, np.einsum("bri,bio->bro", x, w.materialise()), rtol=1e-4, atol=1e-4)
+        inside, outside = compressed(jax.vmap(jnp.dot), strict=True), jax.vmap(compressed(jnp.dot, strict=True))
+        outs = [jax.jit(fn)(x_on, w_on) for fn in (inside, outside)]
+    for out in outs:
+        assert jax.typeof(out).sharding.spec[0] == "data"
+        np.testing.assert_allclose(out, np.einsum("bri,bio->bro", x, w.materialise()), rtol=1e-4, atol=1e-4)
 
 
 def test_a_transposed_weight_of_divided_outputs_under_explicit_axes(rng):
