@@ -25,7 +25,7 @@ from jaxcompress.quantize import MX, NF4, Affine, Floats
 class Config(_quantizing.Config):
     """Rounding to nearest, GPTQ, AWQ, AdaRound, bias correction and static ranges, without training; and formats."""
 
-    bits: tuple[int, ...] = (8, 4, 3, 2)
+    bits: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)
     """Of the weights, symmetric, a scale an output channel."""
     calibration: int = 512
     """How many training examples the inputs are measured on."""
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     ),
     "8-bit inputs, static, whole range": _static(quantize.MinMax()),
     "8-bit inputs, static, least squares": _static(quantize.LeastSquares()),
-    "8-bit inputs, static, entropy": _static(quantize.Entropy(count_zeros=True)),
+    "8-bit inputs, static, entropy": _static(quantize.Entropy()),
 }
 """Of what measures a network's inputs, the network and the bits: the quantized network."""
 
