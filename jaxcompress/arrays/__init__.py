@@ -26,6 +26,7 @@ from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import Dims, register_product
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._sparse import Sparse
+from jaxcompress.arrays._stacks import take_parts
 
 __all__ = [
     "Codebook",
@@ -44,5 +45,6 @@ __all__ = [
     "quantize_input",
     "register",
     "register_product",
+    "take_parts",
     "watch",
 ]

@@ -111,8 +111,9 @@ class Codebook(Leaf):
         """The indices, unpacked."""
         return unpack_indices(self.indices, self.bits, self.length)
 
-    def unshared(self, length: int) -> Any:
-        return super().unshared(length) if self.ndim > 1 else self.unstacked()
+    @property
+    def is_stack(self) -> bool:
+        return self.ndim > 1 and super().is_stack
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this (the indices of a byte), and its size is one.

@@ -23,9 +23,11 @@ from jaxcompress.arrays._products import (
     derived_from,
     filled,
     is_float,
+    looked_up_axes,
     register_product,
 )
 from jaxcompress.arrays._signs import by_signs, suits
+from jaxcompress.arrays._stacks import take_parts
 from jaxcompress.arrays._tiles import tiled, tiled_outputs
 
 SELECTED_TWICE = 4  # centroids; to choose among more of them twice takes longer than to write down what is chosen
@@ -94,12 +96,37 @@ def _conv(x: ArrayLike, w: Codebook, **params: Any) -> Array:
 
 @register(lax.gather_p)
 def _gather(w: Codebook, indices: ArrayLike, **params: Any) -> Any:
-    """A lookup (`Embed`) takes the indices of the rows it wants."""
-    if any(size > 1 for size in w.centroids.shape[:-1]):
+    """A lookup (`Embed`) takes the indices of the rows it wants, and the centroids of those that have their own."""
+    looked_up = looked_up_axes(w.shape, params)
+    sizes, blocks = params["slice_sizes"], w.centroids.shape[:-1]
+    if any(blocks[axis] > 1 and sizes[axis] < w.shape[axis] for axis in range(w.ndim) if axis not in looked_up):
         return NotImplemented
     rows = lax.gather_p.bind(w.codes(), indices, **params | {"fill_value": 0})
-    found = look_up(w.centroids.reshape([1] * rows.ndim + [-1]), rows, w.keep_zeros)
+    found = look_up(_looked_up(w, indices, looked_up, params), rows, w.keep_zeros)
     return filled(found, w.shape, indices, params)
+
+
+def _looked_up(w: Codebook, indices: ArrayLike, looked_up: tuple[int, ...], params: dict[str, Any]) -> Array:
+    """The centroids of what a gather takes parts of along the axes `looked_up`, laid out as it lays out those."""
+    numbers, (*blocks, k) = params["dimension_numbers"], w.centroids.shape
+    out_ndim = len(numbers.offset_dims) + jnp.ndim(indices) - 1
+    if all(blocks[axis] == 1 for axis in looked_up):  # all parts share them
+        kept = [
+            axis
+            for axis in range(w.ndim)
+            if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        ]
+        laid = dict(zip(numbers.offset_dims, (blocks[axis] for axis in kept), strict=True))
+        return w.centroids.reshape(*(laid.get(axis, 1) for axis in range(out_ndim)), k)
+    own = [w.shape[axis] if axis in looked_up else blocks[axis] for axis in range(w.ndim)]
+    sizes = [params["slice_sizes"][axis] if axis in looked_up else blocks[axis] for axis in range(w.ndim)]
+    with_all = numbers._replace(offset_dims=(*numbers.offset_dims, out_ndim))
+    how = {"dimension_numbers": with_all, "slice_sizes": (*sizes, k), "fill_value": 0}
+    return lax.gather_p.bind(jnp.broadcast_to(w.centroids, (*own, k)), indices, **params | how)
+
+
+def _is_shared(w: Codebook) -> bool:
+    return all(size == 1 for size in w.centroids.shape[:-1])
 
 
 def _transposed(w: Codebook, permutation: tuple[int, ...]) -> Codebook:
@@ -114,13 +141,11 @@ def _reshape(w: Codebook, **params: Any) -> Any:
     return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
 
 
-@register(lax.squeeze_p)
-def _squeeze(w: Codebook, *, dimensions: tuple[int, ...]) -> Any:
-    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+take_parts(Codebook)
 
 
 def _reshaped(w: Codebook, shape: tuple[int, ...]) -> Any:
-    if not shape or any(size > 1 for size in w.centroids.shape[:-1]):
+    if not shape or not _is_shared(w):
         return NotImplemented
     return _unpacked(w, w.codes().reshape(shape), w.centroids.reshape([1] * len(shape) + [-1]))
 

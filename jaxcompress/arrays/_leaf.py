@@ -69,8 +69,8 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
       is given once for each, by `unshared`.
 
     To add a leaf: subclass, give `aval` and `materialise`, `register` the dispatch rules that beat the dense value
-    (after `put_off_transposes` products are asked of `x @ w.T` too), and it can be jitted, sharded, checkpointed,
-    packed, exported, counted and reported. A whole one, of square blocks:
+    (after `put_off_transposes` products are asked of `x @ w.T` too, after `take_parts` of `w[i]`), and it can be
+    jitted, sharded, checkpointed, packed, exported, counted and reported. A whole one, of square blocks:
 
         class Blocks(Leaf):
             blocks: jax.Array  # [..., n, size, size] stands for [..., n * size, n * size]
@@ -133,12 +133,17 @@ class Leaf(quax.ArrayValue, metaclass=_LeafType):
         """What `primitive`, which has no rule for the leaf, meets: what a leaf that puts something off stands for."""
         return self
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether each index of the first axis is a weight of its own, which each child has a part of, or all share."""
+        return all(child.shape[:1] in ((1,), self.shape[:1]) for child in jax.tree.leaves(self))
+
     def unshared(self, length: int) -> Any:
         """What stands for the leaf where `scan` slices it in `length` steps: each gets a copy of what they share.
 
         A leaf that was not made as a stack has children that no step has a part of; its dense value is sliced.
         """
-        if any(child.shape[:1] not in ((1,), (length,)) for child in jax.tree.leaves(self)):
+        if not self.is_stack:
             return self.unstacked()
 
         def spread(child: jax.Array) -> jax.Array:

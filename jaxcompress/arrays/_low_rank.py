@@ -1,7 +1,7 @@
 """Weights of low rank: the product of two thin factors."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -92,8 +92,9 @@ class LowRank(Leaf):
         order = (*stack, *left.axes, *right.axes)
         return jnp.transpose(stored, [order.index(axis) for axis in range(stored.ndim)])
 
-    def unshared(self, length: int) -> Any:
-        return super().unshared(length) if self.stacked else self.unstacked()  # a rank may be as large as a stack
+    @property
+    def is_stack(self) -> bool:
+        return self.stacked > 0 and super().is_stack  # a rank may be as large as a stack
 
     @property
     def stacked(self) -> int:

@@ -16,6 +16,7 @@ from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._leaf import is_leaf, register
 from jaxcompress.arrays._low_rank import LowRank, Side
 from jaxcompress.arrays._products import Dims, block_map, is_float, mesh_axes, register_product
+from jaxcompress.arrays._stacks import take_parts
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -151,9 +152,7 @@ def _reshape(w: LowRank, **params: Any) -> Any:
     return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
 
 
-@register(lax.squeeze_p)
-def _squeeze(w: LowRank, *, dimensions: tuple[int, ...]) -> Any:
-    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+take_parts(LowRank)
 
 
 def _reshaped(w: LowRank, shape: tuple[int, ...]) -> Any:

@@ -220,6 +220,13 @@ def block_map(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     return blocks
 
 
+def looked_up_axes(shape: Sequence[int], params: dict[str, Any]) -> tuple[int, ...]:
+    """The axes of an array of this `shape` of which a gather with `params` takes parts: of the others it takes all."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    parts = [axis for axis in numbers.start_index_map if sizes[axis] < shape[axis]]
+    return (*parts, *numbers.operand_batching_dims)
+
+
 def filled(found: Array, shape: Sequence[int], indices: ArrayLike, params: dict[str, Any]) -> Array:
     """What a gather with `params` found in an array of this `shape`, and out of range what it is to give there."""
     if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:

@@ -233,10 +233,10 @@ class Quantized(Leaf):
         """Whether the values are integers that stand for themselves."""
         return self.of_codes and self.levels is None
 
-    def unshared(self, length: int) -> Any:
+    @property
+    def is_stack(self) -> bool:
         packed, grouped = self.length is not None and self.ndim == 1, self.group and self.group[0] == -self.ndim
-        part = not packed and not grouped and not (self.turned and self.ndim == 2)  # whether a step's is such a leaf
-        return super().unshared(length) if part else self.unstacked()
+        return not (packed or grouped or (self.turned and self.ndim == 2)) and super().is_stack
 
     def unit(self, axis: int) -> int:
         """A part along `axis` begins at a multiple of this (a byte's codes, a group's weights), and its size is one.

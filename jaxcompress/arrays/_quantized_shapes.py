@@ -14,9 +14,10 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays._inputs import reshaped_input
 from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
-from jaxcompress.arrays._products import block_map, constrain_like, filled
+from jaxcompress.arrays._products import block_map, constrain_like, filled, looked_up_axes
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._quantized_updates import reordered
+from jaxcompress.arrays._stacks import take_parts
 
 
 @register(lax.gather_p)
@@ -29,7 +30,7 @@ def _gather(w: Quantized, indices: ArrayLike, **params: Any) -> Any:
     if cache is not None:
         return cache
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    looked_up = (*numbers.start_index_map, *numbers.operand_batching_dims)
+    looked_up = looked_up_axes(w.shape, params)
     rest = [axis for axis in range(w.ndim) if axis not in looked_up]
     shared = all(w.scale.shape[axis] == 1 for axis in looked_up)
     own = all(w.scale.shape[axis] == w.shape[axis] for axis in looked_up)
@@ -80,9 +81,7 @@ def _reshape(w: Quantized, **params: Any) -> Any:
     return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
 
 
-@register(lax.squeeze_p)
-def _squeeze(w: Quantized, *, dimensions: tuple[int, ...]) -> Any:
-    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+take_parts(Quantized)
 
 
 def _reshaped(w: Quantized, shape: tuple[int, ...]) -> Any:

@@ -67,8 +67,9 @@ class Sparse(Leaf):
         bits = unpack_bits(self.mask, self.length)
         return divided_like(self.decode(_undivided(bits, -1), self.row_starts())[0], bits)
 
-    def unshared(self, length: int) -> Any:
-        return super().unshared(length) if self.values.ndim > 1 else self.unstacked()  # as many values as a stack
+    @property
+    def is_stack(self) -> bool:
+        return self.values.ndim > 1 and super().is_stack  # there may be as many values as weights in a stack
 
     def row_starts(self) -> Int[Array, "*rows"]:
         """Where, among all values laid flat, each row of the mask begins."""

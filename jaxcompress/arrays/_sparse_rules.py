@@ -19,6 +19,7 @@ from jaxcompress.arrays._leaf import register
 from jaxcompress.arrays._moved import put_off_transposes
 from jaxcompress.arrays._products import Dims, block_map, constrain_like, filled, is_float, register_product
 from jaxcompress.arrays._sparse import Sparse, is_divided, scan_tiles
+from jaxcompress.arrays._stacks import take_parts
 
 TILE = 1 << 18
 """How many elements a tile decodes at once; a weight that is no larger is one tile."""
@@ -114,9 +115,7 @@ def _reshape(w: Sparse, **params: Any) -> Any:
     return NotImplemented if params.get("dimensions") is not None else _reshaped(w, tuple(params["new_sizes"]))
 
 
-@register(lax.squeeze_p)
-def _squeeze(w: Sparse, *, dimensions: tuple[int, ...]) -> Any:
-    return _reshaped(w, tuple(size for axis, size in enumerate(w.shape) if axis not in dimensions))
+take_parts(Sparse)
 
 
 def _reshaped(w: Sparse, shape: tuple[int, ...]) -> Any:

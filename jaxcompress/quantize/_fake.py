@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike
 from jaxcompress.arrays import Leaf, compressed, is_leaf, quantize_input, register
 from jaxcompress.arrays._inputs import along_input, input_limits, reshaped_input
 from jaxcompress.arrays._products import ON_THE_WAY, Dims
+from jaxcompress.arrays._stacks import take_parts
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, check_entries, fake_quantize
 from jaxcompress.quantize._convert import Scheme, check_scheme, named
@@ -222,8 +223,9 @@ def _still_a_weight(primitive: Any) -> None:
         )
 
 
-for _primitive in ON_THE_WAY:
+for _primitive in set(ON_THE_WAY) - {lax.squeeze_p}:  # which `take_parts` has a rule for
     _still_a_weight(_primitive)
+take_parts(FakeQuantized)
 
 
 @register(lax.gather_p)

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxcompress.arrays import Leaf, Quantized, compressed, register
 from jaxcompress.arrays._inputs import to_small_floats
 from jaxcompress.arrays._products import ON_THE_WAY, Dims, along_output, register_product
+from jaxcompress.arrays._stacks import take_parts
 from jaxcompress.quantize._fake import FakeQuantized
 
 
@@ -85,8 +86,9 @@ def _as_its_view(primitive: Any) -> None:
         return compressed(functools.partial(primitive.bind, **params))(w.view())
 
 
-for _primitive in ON_THE_WAY:
+for _primitive in set(ON_THE_WAY) - {lax.squeeze_p}:  # which `take_parts` has a rule for
     _as_its_view(_primitive)
+take_parts(FloatProduct)
 
 
 @register(lax.conv_general_dilated_p)

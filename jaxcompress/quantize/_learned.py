@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxcompress.arrays import Codebook, Leaf, Quantized, compressed, is_leaf, register
 from jaxcompress.arrays._inputs import input_limits, whole
 from jaxcompress.arrays._products import ON_THE_WAY
+from jaxcompress.arrays._stacks import PARTS
 from jaxcompress.paths import Rules, match, named_leaves, with_leaves
 from jaxcompress.quantize._affine import Affine, _over_blocks, _spread, check_float
 from jaxcompress.quantize._codebook import Ternary
@@ -305,6 +306,12 @@ def _as_its_view(primitive: Any) -> None:
     def _alone(w: Trained, **params: Any) -> Any:
         return run(params, w)
 
+    if primitive is lax.dynamic_slice_p:
+
+        @register(primitive)
+        def _from(w: Trained, *starts: ArrayLike, **params: Any) -> Any:
+            return run(params, w, *starts)
+
     if primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
 
         @register(primitive)
@@ -318,5 +325,5 @@ def _as_its_view(primitive: Any) -> None:
             return run(params, w, x)
 
 
-for _primitive in (lax.dot_general_p, lax.conv_general_dilated_p, lax.gather_p, *ON_THE_WAY):
+for _primitive in (lax.dot_general_p, lax.conv_general_dilated_p, lax.gather_p, *PARTS, *ON_THE_WAY):
     _as_its_view(_primitive)

@@ -222,6 +222,8 @@ REORDERED = {
     "where, vmapped": lambda c: jax.vmap(jnp.where)(DONE, c, c[BEAMS]),
 }
 
+FEWER = {"some": lambda c: c[:2], "one": lambda c: c[1], "one, found as it runs": lambda c: c[jnp.argmax(DONE)]}
+
 
 @pytest.mark.parametrize(
     "scheme",
@@ -239,12 +241,20 @@ def test_rows_in_another_order_or_of_two_caches_stay_quantized(name, scheme, rng
     np.testing.assert_array_equal(dense(out), REORDERED[name](dense(cache)))
 
 
+@pytest.mark.parametrize("name", FEWER)
+def test_the_first_rows_stay_quantized(name, rng):
+    cache = quantize.Affine(4, axes=OWN).convert(jnp.asarray(rng.normal(size=(3, 4, 2, 6)), jnp.float32))
+    out = compressed(FEWER[name])(cache)
+    assert isinstance(out, type(cache)) and out.bits == 4 and nbytes(out) < nbytes(cache)
+    np.testing.assert_array_equal(dense(out), FEWER[name](dense(cache)))
+
+
 def test_what_shares_a_step_is_not_taken_apart(rng):
     cache = quantize.Affine(8, axes=OWN).convert(jnp.asarray(rng.normal(size=(3, 4, 2, 6)), jnp.float32))
     for fn in (
         lambda c: jnp.where(jnp.arange(6) < 2, c, c[BEAMS]),
         lambda c: c[..., jnp.arange(5, -1, -1)],
-        lambda c: c[:2],
+        lambda c: c[:, :2],
     ):
         out = compressed(fn)(cache)
         assert isinstance(out, jax.Array)

@@ -220,7 +220,7 @@ def test_constant_and_huge_weights(value: float) -> None:
         (lambda: quantize.KMeans().convert(jnp.arange(4)), TypeError, "floating"),
         (lambda: quantize.KMeans(axes=(2,)).convert(TEXTBOOK), ValueError, "do not exist"),
         (lambda: quantize.Binary(axes=(3,)).convert(TEXTBOOK), ValueError, "do not exist"),
-        (lambda: jax.jit(lambda w: quantize.KMeans().convert(w).codes())(TEXTBOOK), TypeError, "outside jit"),
+        (lambda: jax.jit(lambda w: quantize.KMeans().convert(w).codes())(TEXTBOOK), TypeError, "outside of jit"),
         (lambda: quantize.convert({"w": TEXTBOOK, "v": jnp.arange(3)}, {"v": quantize.Binary()}), TypeError, "'v'"),
     ],
 )
