@@ -79,13 +79,14 @@ def _products(
     rounds: int,
     product: Callable[..., jax.Array] = jnp.dot,
     finish: Callable[[Quantized], Quantized] = lambda w: w,
+    shape: tuple[int, ...] = (SIZE, SIZE),
 ) -> dict[str, Figure]:
     """`x @ w` with the compressed weight against the float32 one, for few rows of x; and the compiled temporaries."""
-    weight = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / 64
+    weight = jax.random.normal(jax.random.key(0), shape) / shape[-1] ** 0.5
     small = finish(scheme.convert(weight))
     figures = {}
     for rows in ROWS:
-        x = jax.random.normal(jax.random.key(1), (rows, SIZE))
+        x = jax.random.normal(jax.random.key(1), (rows, shape[-2]))
 
         def call(w: Any, x: jax.Array = x) -> Callable[[], Any]:
             run = jax.jit(compressed(product))
@@ -153,6 +154,21 @@ def tied(rounds: int) -> Figures:
         f"{name}.{rows}": figure
         for name, scheme in schemes.items()
         for rows, figure in _products(scheme, rounds, product=lambda x, table: x @ table.T).items()
+    }
+
+
+@benchmark("quantize.layers")
+def layers(rounds: int) -> Figures:
+    """Eight layers of 2048x2048 in one array, `x @ w[i]` in a loop, in int8 and int4, against float32."""
+
+    def in_turn(x: jax.Array, w: Any) -> jax.Array:
+        return jax.lax.fori_loop(0, w.shape[0], lambda i, x: x @ w[i], x)
+
+    schemes = {name: quantize.Affine(bits, axes=(0, -1)) for name, bits in (("int8", 8), ("int4", 4))}
+    return {
+        f"{name}.{rows}": figure
+        for name, scheme in schemes.items()
+        for rows, figure in _products(scheme, rounds, product=in_turn, shape=(8, 2048, 2048)).items()
     }
 
 
