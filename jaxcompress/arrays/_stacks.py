@@ -1,9 +1,10 @@
-"""Parts of stacked weights: `w[i]`, as loops over layers and choices among experts take them.
+"""Parts of weights: `w[i]` of a stack, as loops over layers take it, and `w[:, :n]`, as fused projections are split.
 
 A part is the leaf of what each child has there, as `scan` gives it to its steps; so it meets a product as it is stored.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,15 +14,17 @@ from jaxtyping import Array, ArrayLike
 
 from jaxcompress.arrays._compressed import compressed
 from jaxcompress.arrays._leaf import Leaf, register
+from jaxcompress.arrays._products import explicit_sharding
 
-PARTS = (lax.slice_p, lax.dynamic_slice_p, lax.unstack_p)
+PARTS = (lax.slice_p, lax.dynamic_slice_p, lax.unstack_p, lax.split_p)
 
 
 def take_parts(leaf: type[Leaf]) -> None:
     """Lets `w[i]`, slices along the first axis and unstacking give leaves of a class of leaves, of each child's part.
 
-    It is for stacks (`Leaf.is_stack`) of matrices or more; rows of a table are numbers. Indexing ends with `squeeze`,
-    which is registered too: axes that don't stack weights it drops by the class's rule for `reshape`.
+    It is for stacks (`Leaf.is_stack`) of matrices or more; a row of a table is numbers. Of a class with `unit` and
+    `tile` other axes can be sliced and split, too. Indexing ends with `squeeze`, which is registered as well: axes that
+    don't stack weights it drops by the class's rule for `reshape`.
 
     Args:
       leaf: the class.
@@ -32,9 +35,12 @@ def take_parts(leaf: type[Leaf]) -> None:
     def _slice(w: leaf, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:  # type: ignore[valid-type]
         steps = strides or [1] * len(start_indices)
         sizes = [stop - start for start, stop in zip(start_indices, limit_indices, strict=True)]
-        if any(step != 1 for step in steps[1:]) or not _is_cut_first(w, sizes):
+        if all(step == 1 for step in steps[1:]) and _is_cut_first(w, sizes):
+            return _each(w, lambda child: lax.slice_in_dim(child, start_indices[0], limit_indices[0], steps[0]))
+        cut = [axis for axis, size in enumerate(sizes) if size < w.shape[axis]]  # type: ignore[attr-defined]
+        if len(cut) != 1 or any(step != 1 for step in steps):
             return NotImplemented
-        return _each(w, lambda child: lax.slice_in_dim(child, start_indices[0], limit_indices[0], steps[0]))
+        return _columns(w, cut[0], start_indices[cut[0]], sizes[cut[0]])
 
     @register(lax.dynamic_slice_p)
     def _dynamic_slice(w: leaf, *starts: ArrayLike, slice_sizes: Any) -> Any:  # type: ignore[valid-type]
@@ -47,6 +53,12 @@ def take_parts(leaf: type[Leaf]) -> None:
         if axis != 0 or not _is_cut_first(w, w.shape):  # type: ignore[attr-defined]
             return NotImplemented
         return [_one(w, i) for i in range(w.shape[0])]  # type: ignore[attr-defined]
+
+    @register(lax.split_p)
+    def _split(w: leaf, *, sizes: Sequence[int], axis: int) -> Any:  # type: ignore[valid-type]
+        starts = itertools.accumulate(sizes, initial=0)
+        parts = [_columns(w, axis, start, size) for start, size in zip(starts, sizes, strict=False)]
+        return NotImplemented if any(part is NotImplemented for part in parts) else parts
 
     @register(lax.squeeze_p)
     def _squeeze(w: leaf, *, dimensions: tuple[int, ...]) -> Any:  # type: ignore[valid-type]
@@ -62,6 +74,19 @@ def take_parts(leaf: type[Leaf]) -> None:
 def _is_cut_first(w: Any, sizes: Sequence[int]) -> bool:
     """Whether a slice of such sizes leaves all axes of a stack whole but the first."""
     return w.ndim > 2 and w.is_stack and tuple(sizes[1:]) == w.shape[1:]
+
+
+def _columns(w: Any, axis: int, start: int, size: int) -> Any:
+    """Some rows or columns of a matrix, or of each of a stack, as projections that stand in one array are taken apart.
+
+    Of what is stored in bytes and groups whole ones can be; a weight that rounds its inputs stays whole, as in `fake`.
+    """
+    if w.ndim < 2 or size < 2 or not hasattr(w, "tile") or getattr(w, "activation_bits", None) is not None:
+        return NotImplemented
+    unit, end = w.unit(axis), start + size
+    if start % unit or (size % unit and end < w.shape[axis]) or any(map(explicit_sharding, jax.tree.leaves(w))):
+        return NotImplemented
+    return w.tile(axis, start, size)
 
 
 def _one(w: Any, i: int) -> Any:

@@ -1,4 +1,4 @@
-"""Parts of stacked weights: each layer or expert is a leaf of its own, and meets its product as it is stored."""
+"""Parts of weights: layers, experts and fused projections are leaves of their own, and meet products as stored."""
 
 import jax
 import jax.numpy as jnp
@@ -127,14 +127,13 @@ def test_centroids_learn_from_the_parts_that_are_used(rng):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_table_and_a_cut_through_weights_are_no_stacks(rng):
+def test_rows_of_a_table_are_numbers(rng):
     table = Affine(8, axes=(0,)).convert(weight(rng)[0])
     with watch() as seen:
         out = compressed(lambda w: (w[3], w[IDS[0]]))(table)
-        columns = compressed(lambda w: w[:, 2:5])(KINDS["int8"](weight(rng)))
     assert {how for _, primitive, how in seen if "slice" in primitive} == {"dense"}
-    np.testing.assert_allclose(out[0], table.materialise()[3], rtol=1e-6)
-    assert columns.shape == (N, 3, OUTPUTS)
+    for row in out:
+        np.testing.assert_allclose(row, table.materialise()[3], rtol=1e-6)
 
 
 def test_packed_parts_stay_packed(rng):
@@ -164,3 +163,50 @@ def test_parts_of_a_leaf_of_ones_own(rng):
     assert all(type(part) is Half for part in one) and len(one) == 1 + N
     np.testing.assert_array_equal(one[0].materialise(), w.materialise()[3:4])
     np.testing.assert_array_equal(jnp.stack([part.materialise() for part in one[1:]]), w.materialise())
+
+
+FUSED = {
+    "int8": Affine(8),
+    "int4": Affine(4),
+    "groups": Affine(4, group=(0, 8), symmetric=False),
+    "nf4": NF4(group=(0, 8)),
+    "mx": MX(),
+    "ternary": Ternary(axes=(-1,)),
+    "one codebook": KMeans(200),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_fused_projections_are_split(name, stack, rng):
+    """Whole bytes and groups, along either axis."""
+    w = jnp.asarray(rng.normal(size=(*stack, 32, 24)), jnp.float32)
+    make = FUSED[name].convert
+    w = make(w) if not stack else jax.tree.map(lambda *parts: jnp.stack(parts), *map(make, w))
+    x = jnp.asarray(rng.normal(size=(4, 32)), jnp.float32)
+
+    def multiply(x, w):
+        return jnp.stack([x @ layer for layer in w]) if stack else x @ w
+
+    for way in (
+        lambda w: [multiply(x, part) for part in jnp.split(w, 3, axis=-1)],
+        lambda w: [multiply(x, w[..., 8:]), multiply(x, w[..., :16])],
+        lambda w: [multiply(x[:, 16:], w[..., 16:, :])] if name != "mx" else [],
+    ):
+        outs = jax.jit(compressed(way, strict=True))(w)
+        for out, wanted in zip(outs, way(dense(w)), strict=True):
+            np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_bytes_and_of_groups_are_dense(rng):
+    x = jnp.asarray(rng.normal(size=(4, 32)), jnp.float32)
+    for scheme, way in (
+        (Affine(4), lambda w: x @ w[:, 1:7]),
+        (Affine(8, group=(0, 8)), lambda w: x[:, 4:12] @ w[4:12]),
+        (Affine(8, activation_bits=8), lambda w: x @ w[:, :8]),
+    ):
+        w = scheme.convert(jnp.asarray(rng.normal(size=(32, 24)), jnp.float32))
+        with watch() as seen:
+            out = compressed(way)(w)
+        assert seen["Quantized", "slice", "dense"] == 1
+        np.testing.assert_allclose(out, way(w.materialise()), rtol=1e-4, atol=1e-4)
