@@ -13,6 +13,7 @@ from experiments import (
     _quantizing,
     _results,
     quantize_codebooks,
+    quantize_normalised,
     quantize_peer,
     quantize_post_training,
     quantize_training,
@@ -63,6 +64,22 @@ def test_training_on_a_short_run(tmp_path, monkeypatch):
     fewer = quantize_training.main(dataclasses.replace(config, bits=(3,), both=(), out=tmp_path / "again"))
     assert means(fewer)["distilled"] == {key: mean["distilled"][key] for key in means(fewer)["distilled"]}
     assert {read.model for read in fewer.test_reads} < {read.model for read in result.test_reads}
+
+
+@pytest.mark.slow
+def test_with_norms_on_a_short_run(tmp_path):
+    """Every arm; and from what was kept, without training under quantization."""
+    config = dataclasses.replace(quantize_normalised.SHORT, out=tmp_path, seeds=1, resume=tmp_path / "kept")
+    result = quantize_normalised.main(config)
+    assert _results.read(tmp_path / "quantize_normalised_digits.json") == result
+    assert len(result.test_reads) == 2 + 3 * 4
+    mean = means(result)
+    for key in ("2 bits", "ternary", "binary"):
+        assert mean["trained"][key] > mean["rounded"][key] + 10
+        assert mean["distilled"][key] > mean["rounded"][key]
+    assert quantize_normalised.main(config).rows == result.rows
+    with pytest.raises(UsageError, match="other settings"):
+        quantize_normalised.main(dataclasses.replace(config, rate=0.1))
 
 
 def test_a_training_that_diverges_is_measured_too():
