@@ -187,6 +187,15 @@ def test_recorded_training(path):
         assert mean["trained"][key] > mean["rounded"][key]
 
 
+@recorded("quantize_normalised_*.json")
+def test_recorded_with_norms(path):
+    """Beside the papers' losses, 0.3 points for ternary and 2.7 for binary weights."""
+    mean = means(_results.read(path))
+    for key, most in (("ternary", 0.5), ("binary", 2.7)):
+        lost = {name: mean["float, trained on"][key] - mean[name][key] for name in ("rounded", "trained", "distilled")}
+        assert lost["distilled"] < most and lost["trained"] < most + 1.5 < 10 < lost["rounded"]
+
+
 @recorded("quantize_steps_*.json")
 def test_recorded_steps(path):
     mean = means(_results.read(path))
