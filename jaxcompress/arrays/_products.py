@@ -281,10 +281,8 @@ def like_part(shape: tuple[int, ...], dtype: Any, part: Any, axes: Sequence[int]
         return ShapedArray(shape, jnp.dtype(dtype))
     entries = (*sharding.spec, *[None] * (len(part.shape) - len(sharding.spec)))
     own = [entries[axis] for axis in (range(len(part.shape)) if axes is None else axes)]
-    spec = PartitionSpec(*own, *[None] * (len(shape) - len(own)))
-    return ShapedArray(
-        shape, jnp.dtype(dtype), sharding=sharding.update(spec=fitting(sharding.update(spec=spec), shape))
-    )
+    divided = sharding.update(spec=PartitionSpec(*own))
+    return ShapedArray(shape, jnp.dtype(dtype), sharding=divided.update(spec=fitting(divided, shape)))
 
 
 def is_float(x: Any) -> bool:

@@ -34,36 +34,35 @@ def take_parts(leaf: type[Leaf]) -> None:
     @register(lax.slice_p)
     def _slice(w: leaf, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:  # type: ignore[valid-type]
         steps = strides or [1] * len(start_indices)
-        sizes = [stop - start for start, stop in zip(start_indices, limit_indices, strict=True)]
-        if all(step == 1 for step in steps[1:]) and _is_cut_first(w, sizes):
-            return _each(w, lambda child: lax.slice_in_dim(child, start_indices[0], limit_indices[0], steps[0]))
-        cut = [axis for axis, size in enumerate(sizes) if size < w.shape[axis]]  # type: ignore[attr-defined]
-        if len(cut) != 1 or any(step != 1 for step in steps):
+        slices = list(map(slice, start_indices, limit_indices, steps))
+        whole = [slice(0, size, 1) for size in w.shape]  # type: ignore[attr-defined]
+        cut = [axis for axis, (one, all_of_it) in enumerate(zip(slices, whole, strict=True)) if one != all_of_it]
+        if len(cut) > 1:
             return NotImplemented
-        return _columns(w, cut[0], start_indices[cut[0]], sizes[cut[0]])
+        return _cut(w, cut[0], slices[cut[0]]) if cut else w
 
     @register(lax.dynamic_slice_p)
     def _dynamic_slice(w: leaf, *starts: ArrayLike, slice_sizes: Any) -> Any:  # type: ignore[valid-type]
-        if not _is_cut_first(w, slice_sizes):
+        if not _is_stack(w) or tuple(slice_sizes[1:]) != w.shape[1:]:  # type: ignore[attr-defined]
             return NotImplemented
         return _each(w, lambda child: lax.dynamic_slice_in_dim(child, starts[0], slice_sizes[0]))
 
     @register(lax.unstack_p)
     def _unstack(w: leaf, *, axis: int) -> Any:  # type: ignore[valid-type]
-        if axis != 0 or not _is_cut_first(w, w.shape):  # type: ignore[attr-defined]
+        if axis != 0 or not _is_stack(w):
             return NotImplemented
         return [_one(w, i) for i in range(w.shape[0])]  # type: ignore[attr-defined]
 
     @register(lax.split_p)
     def _split(w: leaf, *, sizes: Sequence[int], axis: int) -> Any:  # type: ignore[valid-type]
-        starts = itertools.accumulate(sizes, initial=0)
-        parts = [_columns(w, axis, start, size) for start, size in zip(starts, sizes, strict=False)]
+        ends = itertools.accumulate(sizes)
+        parts = [_cut(w, axis, slice(end - size, end, 1)) for end, size in zip(ends, sizes, strict=True)]
         return NotImplemented if any(part is NotImplemented for part in parts) else parts
 
     @register(lax.squeeze_p)
     def _squeeze(w: leaf, *, dimensions: tuple[int, ...]) -> Any:  # type: ignore[valid-type]
         part: Any = w
-        while dimensions[:1] == (0,) and _is_cut_first(part, part.shape):
+        while dimensions[:1] == (0,) and _is_stack(part):
             part, dimensions = _one(part, 0), tuple(axis - 1 for axis in dimensions[1:])
         if not dimensions:
             return part
@@ -71,22 +70,32 @@ def take_parts(leaf: type[Leaf]) -> None:
         return compressed(functools.partial(lax.reshape, new_sizes=shape))(part)
 
 
-def _is_cut_first(w: Any, sizes: Sequence[int]) -> bool:
-    """Whether a slice of such sizes leaves all axes of a stack whole but the first."""
-    return w.ndim > 2 and w.is_stack and tuple(sizes[1:]) == w.shape[1:]
+def _is_stack(w: Any) -> bool:
+    return w.ndim > 2 and w.is_stack
 
 
-def _columns(w: Any, axis: int, start: int, size: int) -> Any:
-    """Some rows or columns of a matrix, or of each of a stack, as projections that stand in one array are taken apart.
+def _cut(w: Any, axis: int, part: slice) -> Any:
+    """Some weights of a stack; or some rows or columns of each, as projections that stand in one array are taken apart.
 
     Of what is stored in bytes and groups whole ones can be; a weight that rounds its inputs stays whole, as in `fake`.
     """
-    if w.ndim < 2 or size < 2 or not hasattr(w, "tile") or getattr(w, "activation_bits", None) is not None:
+    if axis == 0 and _is_stack(w):
+        return _each(w, lambda child: lax.slice_in_dim(child, part.start, part.stop, part.step))
+    size = part.stop - part.start
+    if w.ndim < 2 or size < 2 or part.step != 1 or not hasattr(w, "tile") or _rounds_inputs(w):
         return NotImplemented
-    unit, end = w.unit(axis), start + size
-    if start % unit or (size % unit and end < w.shape[axis]) or any(map(explicit_sharding, jax.tree.leaves(w))):
-        return NotImplemented
-    return w.tile(axis, start, size)
+    unit = w.unit(axis)
+    whole = part.start % unit == 0 and (size % unit == 0 or part.stop == w.shape[axis])
+    return w.tile(axis, part.start, size) if whole and not _is_divided(w) else NotImplemented
+
+
+def _rounds_inputs(w: Any) -> bool:
+    return getattr(w, "activation_bits", None) is not None
+
+
+def _is_divided(w: Any) -> bool:
+    """Over explicit axes of a mesh, along which a tile can't be cut."""
+    return any(explicit_sharding(child) is not None for child in jax.tree.leaves(w))
 
 
 def _one(w: Any, i: int) -> Any:

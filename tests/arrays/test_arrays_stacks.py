@@ -39,6 +39,7 @@ WAYS = {
     "w[-1]": lambda w, x: x @ w[-1],
     "w[i]": lambda w, x: x @ w[IDS[0]],
     "w[1:4:2]": lambda w, x: jnp.einsum("ri,bio->bro", x, w[1:4:2]),
+    "split": lambda w, x: sum(x @ part[0] for part in jnp.split(w, N)),
     "unstacked": lambda w, x: sum(x @ layer for layer in w),
     "transposed": lambda w, x: x[:, :1].T @ x @ w[1] @ w[3].T,
     "a loop": lambda w, x: jax.lax.fori_loop(0, N, lambda i, y: y + jnp.tanh(x @ w[i]), jnp.zeros((len(x), OUTPUTS))),
