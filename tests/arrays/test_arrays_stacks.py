@@ -172,6 +172,8 @@ FUSED = {
     "groups": Affine(4, group=(0, 8), symmetric=False),
     "nf4": NF4(group=(0, 8)),
     "mx": MX(),
+    "float8": Floats("float8_e4m3fn"),
+    "bfloat16": Floats("bfloat16"),
     "ternary": Ternary(axes=(-1,)),
     "one codebook": KMeans(200),
 }
